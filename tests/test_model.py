@@ -1,0 +1,163 @@
+"""The networks against hand-made tables, the limit, and the weights file."""
+
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model
+from model import ModelError, build_network, check_limit, count_parameters, fold_batch_norm, load_weights, save_weights
+
+# The report's layers by hand: (channels in, channels out, size of the map it computes).
+REPORT_CONVOLUTIONS = [
+    (3, 3, 32), (3, 10, 32), (10, 10, 32), (10, 10, 32), (10, 30, 32), (30, 30, 32), (30, 30, 16), (30, 60, 8),
+]
+
+
+def test_report_network_is_the_reports():
+    network = build_network("report")
+    found = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda m, inputs, output: found.append((m.in_channels, m.out_channels, output.shape[-1])))
+    output = network(torch.randn(2, 3, 32, 32))
+    assert found == REPORT_CONVOLUTIONS
+    assert output.shape == (2, 10)
+    assert torch.allclose(output.exp().sum(dim=1), torch.ones(2), atol=1e-5)
+    assert [type(m).__name__ for m in network.features if "Pool" in type(m).__name__] == [
+        "AvgPool2d", "MaxPool2d", "MaxPool2d"]
+
+
+def test_report_network_parameters():
+    by_hand = sum(9 * i * o + o + 2 * o for i, o, _ in REPORT_CONVOLUTIONS) + 960 * 10 + 10
+    assert by_hand == 47_410
+    assert count_parameters(build_network("report")) == (by_hand, by_hand)
+
+
+def test_frozen_parameters_count_too():
+    network = build_network("report")
+    network.features[0].weight.requires_grad_(False)
+    assert count_parameters(network) == (47_410 - 81, 47_410)
+
+
+def test_limit():
+    just_fits = nn.Linear(49_999, 1)
+    assert check_limit(just_fits) is just_fits
+    with pytest.raises(ModelError, match=r"50,001 parameters, 1 more than the limit of 50,000"):
+        check_limit(nn.Linear(50_000, 1))
+
+
+def test_limit_is_asserted_where_networks_are_built(monkeypatch):
+    monkeypatch.setitem(model.NETWORKS, "wide", lambda: nn.Linear(50_000, 1))
+    with pytest.raises(ModelError, match="limit"):
+        build_network("wide")
+
+
+def test_every_parameter_gets_a_gradient():
+    torch.manual_seed(0)
+    network = build_network("report")
+    F.nll_loss(network(torch.randn(16, 3, 32, 32)), torch.arange(16) % 10).backward()
+    for name, parameter in network.named_parameters():
+        # a bias in front of a batch norm shifts what the norm takes away again: its gradient is rounding
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+def test_loss_falls_on_one_batch():
+    torch.manual_seed(0)
+    network = build_network("report")
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.03, momentum=0.9)
+    images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
+    losses = []
+    for _ in range(40):
+        loss = F.nll_loss(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_folding_keeps_the_output():
+    torch.manual_seed(0)
+    network = build_network("report")
+    for _ in range(3):  # moves the running statistics away from 0 and 1
+        network(2 * torch.randn(64, 3, 32, 32) + 1)
+    network.eval()
+    images = torch.randn(8, 3, 32, 32)
+    folded = fold_batch_norm(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert torch.allclose(folded(images), network(images), atol=1e-4)
+
+
+def test_weights_come_back(tmp_path):
+    network = build_network("report")
+    save_weights(tmp_path / "w.pkl", network, "report", recipe="report", seed=3, accuracy=81.5)
+    loaded, facts = load_weights(tmp_path / "w.pkl")
+    assert facts == {"recipe": "report", "seed": 3, "accuracy": 81.5}
+    assert not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), loaded.state_dict().values()))
+
+
+def test_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "w.pkl"
+    path.write_bytes(b"old")
+    with pytest.raises(Exception):
+        save_weights(path, build_network("report"), "report", unpicklable=lambda: 0)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def flip_a_byte_of_a_tensor(path):
+    network, _ = load_weights(path)
+    data = bytearray(path.read_bytes())
+    at = data.index(network.classifier[2].weight.detach().numpy().tobytes()[:64])
+    data[at + 10] ^= 1
+    path.write_bytes(data)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('bomb-went-off').touch()",))
+
+
+def write_other(path, **changes):
+    contents = torch.load(path, weights_only=True)
+    torch.save(contents | changes, path)
+
+
+BAD_WEIGHTS = {
+    "missing": (lambda path: path.unlink(), "there is no file"),
+    "empty": (lambda path: path.write_bytes(b""), "damaged or no weights file"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:100_000]), "damaged or no weights file"),
+    "flipped byte": (flip_a_byte_of_a_tensor, "damaged or no weights file"),
+    "unknown network": (lambda path: write_other(path, network="other"), "no network named 'other'"),
+    "network of another kind": (lambda path: write_other(path, network=["report"]), "no network named"),
+    "other shapes": (lambda path: write_other(path, state=nn.Linear(3, 3).state_dict()), "does not fit ReportNet"),
+    "no state": (lambda path: torch.save({"network": "report"}, path), "holds no weights of this project"),
+    "a tensor": (lambda path: torch.save(torch.zeros(3), path), "holds no weights of this project"),
+    "a pickle that runs code": (lambda path: torch.save({"network": "report", "state": Bomb()}, path), "run code"),
+    "a bare pickle that runs code": (lambda path: path.write_bytes(pickle.dumps(Bomb())), "damaged or no weights"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_bad_weights_are_one_sentence_and_status_2(case, weights, tmp_path, monkeypatch, capsys):
+    import eval
+
+    monkeypatch.chdir(tmp_path)
+    spoil, message = BAD_WEIGHTS[case]
+    spoil(weights)
+    assert eval.main(["--weights", str(weights)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "bomb-went-off").exists()
+
+
+def test_weights_over_the_limit(weights, monkeypatch, capsys):
+    import eval
+
+    monkeypatch.setattr(model, "PARAMETER_LIMIT", 47_409)
+    assert eval.main(["--weights", str(weights)]) == 2
+    assert "47,410 parameters, 1 more than the limit of 47,409" in capsys.readouterr().err

@@ -1,0 +1,254 @@
+"""train.py: what a run leaves behind, resuming, the schedule, the options. Nothing here compiles but one test."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import eval
+import train
+from model import build_network, load_weights
+
+QUICK = ["--batch-size", "30", "--set", "compile=False", "--device", "cpu"]
+
+
+def train_with(folder, dataset, *options: str) -> int:
+    return train.main(["--data-dir", str(dataset), "--run-dir", str(folder), "--out", str(folder / "weights.pkl"),
+                       *QUICK, *options])
+
+
+def rows_of(folder) -> list[dict]:
+    """The rows of metrics.csv without the seconds, which no two runs share."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="session")
+def finished(dataset, tmp_path_factory):
+    """The directory of an uninterrupted run of three epochs."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train_with(folder, dataset, "--epochs", "3") == 0
+    return folder
+
+
+def copy_of(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+# --- a run ------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves_behind(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "metrics.csv", "accuracy.png", "loss.png", "result.json", "checkpoint.pt", "weights.pkl"}
+    rows = rows_of(finished)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    result = json.loads((finished / "result.json").read_text())
+    assert result["accuracy"] == float(rows[-1]["test_accuracy"]) and result["loss"] == float(rows[-1]["test_loss"])
+    assert {"recipe", "seed", "lr", "torch", "torchvision", "python", "device", "threads", "seconds"} <= result.keys()
+    assert Image.open(finished / "accuracy.png").size == Image.open(finished / "loss.png").size
+
+
+def test_it_learns(finished):
+    accuracies = [float(row["test_accuracy"]) for row in rows_of(finished)]
+    assert accuracies[-1] > 60  # ten classes: chance is 10
+    assert float(rows_of(finished)[-1]["train_loss"]) < float(rows_of(finished)[0]["train_loss"])
+
+
+def test_eval_gives_the_accuracy_that_train_gave(finished, dataset, capsys):
+    eval.main(["--weights", str(finished / "weights.pkl"), "--data-dir", str(dataset), "--json", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["accuracy"] == float(rows_of(finished)[-1]["test_accuracy"]) == result["trained"]["accuracy"]
+
+
+def test_equal_seeds_give_equal_runs_and_other_seeds_others(finished, dataset, tmp_path):
+    for seed in (0, 1):
+        assert train_with(tmp_path / str(seed), dataset, "--epochs", "3", "--seed", str(seed)) == 0
+    assert rows_of(tmp_path / "0") == rows_of(finished) != rows_of(tmp_path / "1")
+
+
+def test_output(dataset, tmp_path, capsys):
+    assert train_with(tmp_path, dataset, "--epochs", "1", "--validate") == 0
+    out = capsys.readouterr().out
+    assert "47,410 trainable of 47,410 parameters; 540 training samples, 20 held-out images" in out
+    assert "device cpu" in out and "threads" in out and "\r" not in out
+    assert out.count("epoch  train loss") == 1
+
+
+def test_plots_are_made_from_the_csv_alone(finished, tmp_path):
+    (tmp_path / "metrics.csv").write_bytes((finished / "metrics.csv").read_bytes())
+    assert train.main(["--plots-only", "--run-dir", str(tmp_path)]) == 0
+    assert Image.open(tmp_path / "accuracy.png").size > (300, 300) and (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("contents", [None, "", "epoch,loss\n1,2\n", "no log"])
+def test_plots_of_no_log(contents, tmp_path, capsys):
+    if contents is not None:
+        (tmp_path / "metrics.csv").write_text(contents)
+    assert train.main(["--plots-only", "--run-dir", str(tmp_path)]) == 2
+    assert "is no log of a run" in capsys.readouterr().err
+
+
+def test_validation_does_not_replace_the_weights(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data-dir", str(dataset), "--epochs", "1", "--validate", *QUICK]) == 0
+    assert not (tmp_path / "weights.pkl").exists()
+    assert (tmp_path / "runs/report-seed0-validate/weights.pkl").exists()
+
+
+def test_loss_that_is_no_number(dataset, tmp_path, capsys):
+    assert train_with(tmp_path, dataset, "--lr", "1e30", "--epochs", "2") == 2
+    assert "try a smaller --lr" in capsys.readouterr().err
+
+
+# --- resuming ---------------------------------------------------------------------------------
+
+
+def start(folder, dataset, *options: str) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "train.py", "--data-dir", dataset, "--run-dir", folder,
+               "--out", folder / "weights.pkl", *QUICK, *options]
+    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_epoch(process: subprocess.Popen, epoch: int) -> None:
+    for line in process.stdout:
+        if line.startswith(f"{epoch:5}  "):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def test_killed_and_resumed_equals_uninterrupted(finished, dataset, tmp_path):
+    process = start(tmp_path, dataset, "--epochs", "3")
+    wait_for_epoch(process, 1)
+    time.sleep(0.3)  # into the second epoch
+    process.kill()
+    process.wait()
+    assert len(rows_of(tmp_path)) < 3 and not (tmp_path / "weights.pkl").exists()
+    assert train_with(tmp_path, dataset, "--epochs", "3", "--resume") == 0
+    assert rows_of(tmp_path) == rows_of(finished)
+    uninterrupted, resumed = (load_weights(folder / "weights.pkl")[0].state_dict() for folder in (finished, tmp_path))
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends the signal of Ctrl-C")
+def test_ctrl_c_says_how_to_resume(dataset, tmp_path):
+    process = start(tmp_path, dataset, "--epochs", "50")
+    wait_for_epoch(process, 1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130 and "--resume" in error and "Traceback" not in error
+    assert train.read_archive(tmp_path / "checkpoint.pt", "")["epochs_done"] >= 1
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, dataset, tmp_path):
+    folder = copy_of(finished, tmp_path)
+    (folder / "weights.pkl").unlink()
+    assert train_with(folder, dataset, "--epochs", "3", "--resume") == 0
+    assert rows_of(folder) == rows_of(finished)
+    states = [load_weights(f / "weights.pkl")[0].state_dict() for f in (folder, finished)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_resume_without_a_checkpoint(dataset, tmp_path, capsys):
+    assert train_with(tmp_path, dataset, "--resume") == 2
+    assert "there is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, difference", [
+    (["--epochs", "4"], "epochs 3 there, 4 here"),
+    (["--epochs", "3", "--seed", "1"], "seed 0 there, 1 here"),
+    (["--epochs", "3", "--set", "dropout=0"], "dropout 0.2 there, 0.0 here"),
+    (["--epochs", "3", "--validate"], "validate False there, True here"),
+])
+def test_resume_with_other_settings(options, difference, finished, dataset, tmp_path, capsys):
+    assert train_with(copy_of(finished, tmp_path), dataset, "--resume", *options) == 2
+    error = capsys.readouterr().err
+    assert difference in error and error.count("\n") == 1
+
+
+def test_resume_from_a_damaged_checkpoint(finished, dataset, tmp_path, capsys):
+    folder = copy_of(finished, tmp_path)
+    checkpoint = folder / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-500])
+    assert train_with(folder, dataset, "--epochs", "3", "--resume") == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_old_log(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("old")
+    with pytest.raises(ValueError):
+        train.write_csv(path, [{"epoch": 1}, {"epoch": 2, "surprise": 3}])
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# --- schedule and options ---------------------------------------------------------------------
+
+
+def test_learning_rate():
+    recipe = dataclasses.replace(train.RECIPES["report"], lr=2.0, warmup=0.25, final_lr=0.1)
+    assert train.learning_rate(recipe, 0.125) == pytest.approx(1.0)
+    assert train.learning_rate(recipe, 0.25) == pytest.approx(2.0)
+    assert train.learning_rate(recipe, 0.625) == pytest.approx(2.0 * 0.55)
+    assert train.learning_rate(recipe, 1.0) == pytest.approx(0.2)
+    constant = dataclasses.replace(recipe, warmup=0.0, final_lr=1.0)
+    assert all(train.learning_rate(constant, progress) == pytest.approx(2.0) for progress in (0.0, 0.5, 1.0))
+
+
+def test_every_recipe_is_within_the_limit():
+    for recipe in train.RECIPES.values():
+        build_network(recipe.network, dropout=recipe.dropout)
+
+
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_optimizers(optimizer, dataset, tmp_path):
+    assert train_with(tmp_path, dataset, "--epochs", "1", "--set", f"optimizer={optimizer}", "--lr", "0.001") == 0
+    assert math.isfinite(float(rows_of(tmp_path)[0]["train_loss"]))
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--epochs", "0"], "0 is not above zero"),
+    (["--lr", "nan"], "nan is not above zero"),
+    (["--batch-size", "many"], "invalid int value: 'many'"),
+    (["--set", "size=3"], "a recipe has no value 'size'"),
+    (["--set", "dropout=much"], "dropout takes float values, not 'much'"),
+    (["--set", "optimizer=magic"], "there is no optimizer 'magic'"),
+    (["--recipe", "none"], "invalid choice: 'none'"),
+])
+def test_bad_options(options, message, dataset, tmp_path, capsys):
+    try:
+        status = train_with(tmp_path, dataset, *options)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_out_that_cannot_be_written(dataset, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert train.main(["--data-dir", str(dataset), "--run-dir", str(tmp_path / "file" / "run"), *QUICK]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.skipif(not train.can_compile(torch.device("cpu")), reason="there is no C++ compiler")
+def test_compiled_network_computes_the_same():
+    torch.manual_seed(0)
+    network = build_network("report", dropout=0.0)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    gradients = []
+    for step_network in (network, torch.compile(network, dynamic=False)):
+        network.zero_grad()
+        torch.nn.functional.nll_loss(step_network(images), labels).backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients))

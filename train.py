@@ -1,0 +1,361 @@
+"""Train a CIFAR-10 classifier of at most 50,000 parameters and save its weights.
+
+    python train.py                              the report's recipe, seed 0 -> weights.pkl
+    python train.py --validate                   measure on 5,000 held-out training images instead
+    python train.py --resume                     go on after an interruption
+    python train.py --plots-only --run-dir DIR   draw DIR's two graphs again from its metrics.csv
+
+A run leaves metrics.csv, accuracy.png, loss.png, result.json and checkpoint.pt in its directory.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import DataError, Split, batches, enlarge, load_training_data, replacing
+from eval import command_parser, evaluate, exit_status, pick_device, positive
+from model import ModelError, build_network, count_parameters, read_archive, save_weights
+
+# --- recipes ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that decides a result besides the seed; what each value was chosen for stands in RECIPES."""
+
+    network: str          # a key of model.NETWORKS
+    epochs: int           # passes through the enlarged set
+    batch_size: int       # images a step
+    lr: float             # the highest learning rate
+    warmup: float         # share of the steps over which the rate rises to it from zero
+    final_lr: float       # share of lr that is left at the last step, reached along half a cosine
+    optimizer: str        # a key of OPTIMIZERS
+    momentum: float       # SGD's momentum, Adam's beta1
+    weight_decay: float   # on every parameter
+    dropout: float        # share of the features dropped before the linear layer
+    compile: bool         # torch.compile on a CPU: the same computation, fewer passes over memory
+
+
+RECIPES = {
+    "report": Recipe(
+        network="report",
+        epochs=20, batch_size=250, lr=0.03, dropout=0.2,  # the report's own values
+        # The report names no optimiser and no schedule: chosen on the held-out images, see README.
+        optimizer="sgd", momentum=0.9, weight_decay=5e-4, warmup=0.1, final_lr=0.0,
+        compile=True,
+    ),
+}
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, r: torch.optim.SGD(
+        parameters, lr=r.lr, momentum=r.momentum, weight_decay=r.weight_decay, nesterov=r.momentum > 0),
+    "adam": lambda parameters, r: torch.optim.AdamW(
+        parameters, lr=r.lr, betas=(r.momentum, 0.999), weight_decay=r.weight_decay),
+}
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile is used there: measured to pay on CPUs, where it needs a C++ compiler."""
+    return device.type == "cpu" and any(map(shutil.which, ("g++", "clang++", "c++", "cl")))
+
+
+def learning_rate(recipe: Recipe, progress: float) -> float:
+    """The rate when a share `progress` (0..1) of the steps is done: up along a line, down along a cosine."""
+    if progress < recipe.warmup:
+        return recipe.lr * progress / recipe.warmup
+    decay = (progress - recipe.warmup) / (1 - recipe.warmup)
+    return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * (1 + math.cos(math.pi * decay)) / 2)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def train_epoch(
+    step_network: Callable[[torch.Tensor], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    train: Split,
+    recipe: Recipe,
+    epoch: int,
+    shuffle: torch.Generator,
+) -> tuple[float, float]:
+    """One pass through `train`; `epoch` counts from 0.
+
+    Returns:
+        The mean loss and the accuracy in percent, over the pass, of the batches as they were trained on.
+    """
+    steps = math.ceil(len(train.images) / recipe.batch_size)
+    # summed on the device: reading a number at every step would make a GPU wait for it
+    loss_sum = torch.zeros((), device=train.images.device)
+    correct = torch.zeros((), device=train.images.device, dtype=torch.long)
+    for step, (images, labels) in enumerate(batches(train, recipe.batch_size, shuffle)):
+        progress = (epoch * steps + step + 1) / (recipe.epochs * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, progress)
+        log_probabilities = step_network(images)
+        loss = F.nll_loss(log_probabilities, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.detach() * len(labels)
+        correct += (log_probabilities.detach().argmax(dim=1) == labels).sum()
+        show_progress(step + 1, steps)
+    n = len(train.images)
+    return loss_sum.item() / n, 100 * correct.item() / n
+
+
+def fit(
+    network: nn.Module,
+    train: Split,
+    test: Split,
+    recipe: Recipe,
+    seed: int,
+    compiled: bool,
+    checkpoint: dict,
+) -> Iterator[tuple[dict, dict]]:
+    """Train `network` and yield, after each epoch, its row of figures and what a checkpoint must hold.
+
+    `checkpoint` is empty, or holds that of the epoch to go on from.
+
+    Every random number of an epoch follows from `seed` and the epoch's number, so a run that goes
+    on from a checkpoint draws what the uninterrupted run would have drawn.
+    """
+    if recipe.optimizer not in OPTIMIZERS:
+        raise ModelError(f"there is no optimizer {recipe.optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
+    optimizer = OPTIMIZERS[recipe.optimizer](network.parameters(), recipe)
+    epochs_done = checkpoint.get("epochs_done", 0)
+    if epochs_done:
+        network.load_state_dict(checkpoint["network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    step_network = torch.compile(network, dynamic=False) if compiled else network
+
+    for epoch in range(epochs_done, recipe.epochs):
+        start = time.perf_counter()
+        torch.manual_seed(seed * 10_000 + epoch)  # for dropout, on every device
+        shuffle = torch.Generator().manual_seed(seed * 10_000 + epoch)
+        network.train()
+        train_loss, train_accuracy = train_epoch(step_network, optimizer, train, recipe, epoch, shuffle)
+        test_accuracy, test_loss = evaluate(network, test)
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds": time.perf_counter() - start,
+        }
+        yield row, {
+            "epochs_done": epoch + 1,
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+
+
+# --- what a run prints and leaves behind ------------------------------------------------------
+
+TABLE_HEAD = "epoch  train loss  train acc  {0} loss  {0} acc        lr  seconds  time left"
+
+
+def table_line(row: dict, epochs: int) -> str:
+    left = round(row["seconds"] * (epochs - row["epoch"]))
+    return (
+        f"{row['epoch']:5}  {row['train_loss']:10.4f}  {row['train_accuracy']:8.2f}%  {row['test_loss']:9.4f}"
+        f"  {row['test_accuracy']:7.2f}%  {row['lr']:8.5f}  {row['seconds']:7.1f}"
+        f"  {left // 3600:3}:{left // 60 % 60:02}:{left % 60:02}"
+    )
+
+
+def show_progress(step: int, steps: int) -> None:
+    """Overwrite one line with how far the epoch is; on a terminal only."""
+    if sys.stdout.isatty() and (step % 10 == 0 or step == steps):
+        end = "\r\033[K" if step == steps else ""
+        print(f"\r       step {step} of {steps}{end}", end="", flush=True)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with replacing(path) as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_run(run_dir: Path) -> None:
+    """Draw accuracy.png and loss.png from metrics.csv, all in `run_dir`."""
+    import matplotlib  # 2 s to import, and needed only here
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    path = run_dir / "metrics.csv"
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        if not rows:
+            raise ValueError("it has no rows")
+        result = json.loads((run_dir / "result.json").read_text()) if (run_dir / "result.json").exists() else {}
+        epochs = [row["epoch"] for row in rows]
+        measured = "held-out images" if result.get("validate") else "test set"
+        for figure, label in (("accuracy", "accuracy (%)"), ("loss", "loss (negative log-likelihood)")):
+            fig, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+            axes.plot(epochs, [row[f"train_{figure}"] for row in rows], marker=".",
+                      label="training set (enlarged; over the epoch)")
+            axes.plot(epochs, [row[f"test_{figure}"] for row in rows], marker=".",
+                      label=f"{measured} (at the end of the epoch)")
+            axes.set(xlabel="epoch", ylabel=label,
+                     title=f"CIFAR-10, recipe {result.get('recipe', '?')}, seed {result.get('seed', '?')}")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+            axes.legend()
+            with replacing(run_dir / f"{figure}.png") as part:
+                fig.savefig(part, dpi=120, format="png")
+            plt.close(fig)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is no log of a run ({error}): name a run's directory with --run-dir") from None
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def recipe_value(text: str) -> tuple[str, object]:
+    """`NAME=VALUE` -> the name and the value in the type that Recipe gives it, for argparse."""
+    name, _, value = text.partition("=")
+    kinds = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    if name not in kinds:
+        raise argparse.ArgumentTypeError(f"a recipe has no value {name!r}, only {', '.join(kinds)}")
+    try:
+        return name, {"True": True, "False": False}[value] if kinds[name] is bool else kinds[name](value)
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{name} takes {kinds[name].__name__} values, not {value!r}") from None
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__)
+    recipes = "; ".join(f"{name}: {r.epochs} epochs, batch {r.batch_size}, lr {r.lr}" for name, r in RECIPES.items())
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, default="report", help="a named set of values (default: report)")
+    add("--out", type=Path, metavar="FILE",
+        help="the weights (default: weights.pkl; with --validate, weights.pkl in the run's directory)")
+    add("--run-dir", type=Path, metavar="DIR",
+        help="log, graphs and checkpoint (default: runs/RECIPE-seedSEED, with --validate runs/RECIPE-seedSEED-validate)")
+    add("--epochs", type=positive(int), metavar="N", help=f"the schedule is stretched to them (default: {recipes})")
+    add("--batch-size", type=positive(int), metavar="N", help="images a step (default: the recipe's)")
+    add("--lr", type=positive(float), metavar="X", help="the highest learning rate (default: the recipe's)")
+    add("--set", type=recipe_value, action="append", default=[], metavar="NAME=VALUE", dest="values",
+        help="any other value of the recipe, such as --set weight_decay=0")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, augmentation, order, dropout (default: 0)")
+    add("--validate", action="store_true",
+        help="train on the first 45,000 training images, measure on the last 5,000: for choosing values (default: off)")
+    add("--resume", action="store_true", help="go on from the last finished epoch in the run's directory (default: off)")
+    add("--plots-only", action="store_true", help="draw the graphs from the run's metrics.csv, train nothing (default: off)")
+    return parser
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    given = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
+    changes = {name: value for name, value in given.items() if value is not None} | dict(args.values)
+    return dataclasses.replace(RECIPES[args.recipe], **changes)
+
+
+def read_checkpoint(path: Path, settings: dict) -> dict:
+    """The checkpoint at `path`, if it is of a run with these settings.
+
+    Raises:
+        ModelError: it is missing, damaged, or of other settings.
+    """
+    checkpoint = read_archive(path, "train without --resume")
+    saved = checkpoint.get("settings", {}) if isinstance(checkpoint, dict) else {}
+    names = sorted(name for name in settings.keys() | saved.keys() if saved.get(name) != settings.get(name))
+    if names:
+        differences = ", ".join(f"{name} {saved.get(name)} there, {settings.get(name)} here" for name in names)
+        raise ModelError(
+            f"{path} is of another run ({differences}): give the options of that run, or another --run-dir"
+        )
+    return checkpoint
+
+
+def run(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    recipe = recipe_of(args)
+    run_dir = args.run_dir or Path(f"runs/{args.recipe}-seed{args.seed}" + "-validate" * args.validate)
+    if args.plots_only:
+        plot_run(run_dir)
+        print(f"drawn: {run_dir / 'accuracy.png'}, {run_dir / 'loss.png'}")
+        return 0
+    out = args.out or (run_dir / "weights.pkl" if args.validate else Path("weights.pkl"))
+    device = pick_device(args.device)
+    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "compile": recipe.compile and can_compile(device),
+                "seed": args.seed, "validate": args.validate}
+
+    path = run_dir / "checkpoint.pt"
+    checkpoint = read_checkpoint(path, settings) if args.resume else {}
+    rows, seconds_before = checkpoint.get("rows", []), checkpoint.get("seconds", 0.0)
+    if path.exists() and not args.resume:
+        print(f"starting afresh: {path} of an earlier run will be replaced (--resume would go on from it)")
+
+    torch.manual_seed(args.seed)  # for the initial weights
+    network = build_network(recipe.network, dropout=recipe.dropout).to(device)
+    train, test = load_training_data(args.data_dir, args.validate)
+    print(f"enlarging {len(train.images):,} training images to {3 * len(train.images):,} ...", flush=True)
+    train = enlarge(train, args.seed)
+    trainable, total = count_parameters(network)
+    measured = "held-out" if args.validate else "test"
+    print(
+        f"recipe {args.recipe}, seed {args.seed}: {trainable:,} trainable of {total:,} parameters; "
+        f"{len(train.images):,} training samples, {len(test.images):,} {measured} images\n"
+        f"device {device}, {torch.get_num_threads()} threads, {'' if settings['compile'] else 'not '}compiled; "
+        f"log and graphs go to {run_dir}, weights to {out}\n" + TABLE_HEAD.format(measured[:4]), flush=True,
+    )
+    for row in rows:
+        print(table_line(row, recipe.epochs))
+    epochs = fit(network, train.to(device), test.to(device), recipe, args.seed, settings["compile"], checkpoint)
+    for row, state in epochs:
+        if not math.isfinite(row["train_loss"]):
+            raise ModelError(f"the loss is {row['train_loss']} in epoch {row['epoch']}: try a smaller --lr")
+        rows = [*rows, row]
+        seconds = seconds_before + time.perf_counter() - started
+        with replacing(path) as part:
+            torch.save({"settings": settings, "rows": rows, "seconds": seconds, **state}, part)
+        write_csv(run_dir / "metrics.csv", rows)
+        print(table_line(row, recipe.epochs), flush=True)
+
+    accuracy, loss = rows[-1]["test_accuracy"], rows[-1]["test_loss"]
+    save_weights(out, network, recipe.network, recipe=args.recipe, seed=args.seed, epochs=recipe.epochs,
+                 validate=args.validate, accuracy=accuracy)
+    seconds = seconds_before + time.perf_counter() - started
+    result = settings | {
+        "parameters": total, "accuracy": accuracy, "loss": loss, "seconds": round(seconds, 1), "device": str(device),
+        "threads": torch.get_num_threads(), "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "torchvision", "numpy")},
+    }
+    with replacing(run_dir / "result.json") as part:
+        part.write_text(json.dumps(result, indent=2) + "\n")
+    plot_run(run_dir)
+    print(f"{accuracy:.2f} % of the {measured} images after {recipe.epochs} epochs and {seconds / 60:.1f} minutes; "
+          f"the weights are in {out}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return exit_status(run, make_parser().parse_args(argv))
+    except KeyboardInterrupt:
+        print("\nstopped: once an epoch is finished, the same command with --resume goes on behind it", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
