@@ -31,7 +31,7 @@ BATCH_SIZE = 250  # train.py measures with it too, so that both give the same ac
 @torch.inference_mode()
 def infer(network: nn.Module, split: Split, batch_size: int = BATCH_SIZE) -> torch.Tensor:
     """Log-probabilities (N, 10) of the images of `split`, on its device."""
-    folded = fold_batch_norm(network)
+    folded = fold_batch_norm(network).to(memory_format=torch.channels_last)  # as the batches are: a third faster
     return torch.cat([folded(images) for images, _ in batches(split, batch_size)])
 
 
@@ -74,8 +74,8 @@ def describe(network: nn.Module, facts: dict) -> str:
     """One line on what the weights file holds."""
     trainable, total = count_parameters(network)
     return (
-        f"{type(network).__name__}, {trainable:,} trainable of {total:,} parameters; recipe {facts.get('recipe', '?')}, "
-        f"seed {facts.get('seed', '?')}, {facts.get('epochs', '?')} epochs"
+        f"{type(network).__name__}, {trainable:,} trainable of {total:,} parameters; "
+        f"recipe {facts.get('recipe', '?')}, seed {facts.get('seed', '?')}, {facts.get('epochs', '?')} epochs"
     )
 
 
@@ -141,7 +141,7 @@ def command_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that both commands have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default=default_data_dir(), metavar="DIR",
-                        help="where CIFAR-10 is, or is downloaded to (default: $CIFAR10_DIR, else data; now %(default)s)")
+                        help="where CIFAR-10 is or goes (default: $CIFAR10_DIR, else data; now %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                         help="where to compute; auto takes the fastest there is (default: %(default)s)")
     return parser
@@ -165,7 +165,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", default="weights.pkl", metavar="FILE", help="what train.py wrote (default: %(default)s)")
-    add("--batch-size", type=positive(int), default=BATCH_SIZE, metavar="N", help="images at a time (default: %(default)s)")
+    add("--batch-size", type=positive(int), default=BATCH_SIZE, metavar="N",
+        help="images at a time (default: %(default)s)")
     add("--min-accuracy", type=float, default=80.0, metavar="PERCENT",
         help="the bar for exit status 0 (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object instead of the report (default: off)")
@@ -216,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
             "images": len(test.labels), "accuracy": accuracy, "loss": loss,
             "precision": dict(zip(CLASSES, precision)), "recall": dict(zip(CLASSES, recall)),
             "images_per_second": len(test.labels) / seconds, "passed": passed,
-        }))
+        }, default=str))
         return 0 if passed else 1
 
     print(describe(network, facts))
@@ -231,7 +232,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_status(run, make_parser().parse_args(argv))
+    try:
+        return exit_status(run, make_parser().parse_args(argv))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import copy
 import os
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -166,10 +167,11 @@ def read_archive(path: Path, remedy: str) -> object:
     try:
         # torch.load itself believes a tensor with a flipped byte; the archive's checksums do not
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            folders = [member.filename for member in archive.infolist() if member.external_attr & 0x10]
+            damaged = archive.testzip() or next(iter(folders), None)  # torch.load would skip a folder's tensor
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} fails its checksum")
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{path} is damaged or no weights file ({error}; {path.stat().st_size:,} bytes): {remedy}"
         ) from None

@@ -11,7 +11,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import build_network, save_weights  # noqa: E402  (the scripts live in the root)
+import data  # noqa: E402  (the scripts live in the root)
+from model import build_network, save_weights  # noqa: E402
+
+SMALL = {"train": 200, "test": 100}
 
 
 def make_arrays(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,19 +29,28 @@ def make_arrays(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return images.clip(0, 255).astype(np.uint8), labels.astype(np.uint8)
 
 
-def write_dataset(folder: Path, n_train: int = 200, n_test: int = 100) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    train_images, train_labels = make_arrays(n_train, 0)
-    test_images, test_labels = make_arrays(n_test, 1)
-    np.savez(folder / "cifar10.npz", train_images=train_images, train_labels=train_labels,
-             test_images=test_images, test_labels=test_labels)
-    return folder
+def small_arrays() -> dict[str, np.ndarray]:
+    """The arrays of a small cifar10.npz."""
+    train_images, train_labels = make_arrays(SMALL["train"], 0)
+    test_images, test_labels = make_arrays(SMALL["test"], 1)
+    return {"train_images": train_images, "train_labels": train_labels,
+            "test_images": test_images, "test_labels": test_labels}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_is_the_right_size():
+    """data.py takes the small data set for whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SIZES", SMALL)
+        yield
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """A folder with a small cifar10.npz."""
-    return write_dataset(tmp_path_factory.mktemp("dataset"))
+    folder = tmp_path_factory.mktemp("dataset")
+    np.savez(folder / "cifar10.npz", **small_arrays())
+    return folder
 
 
 @pytest.fixture
@@ -50,11 +62,12 @@ def weights(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def real_data() -> Path:
+@pytest.fixture
+def real_data(monkeypatch) -> Path:
     """The folder of the real CIFAR-10; tests that need it are skipped where CIFAR10_DIR names none."""
     folder = os.environ.get("CIFAR10_DIR")
     if not folder or not any((Path(folder) / name).exists() for name in (
             "cifar10.npz", "cifar-10-batches-py", "cifar-10-python.tar.gz")):
         pytest.skip("CIFAR10_DIR names no folder with the real CIFAR-10")
+    monkeypatch.setattr(data, "SIZES", {"train": 50_000, "test": 10_000})
     return Path(folder)

@@ -136,11 +136,11 @@ def test_no_picture(contents, weights, tmp_path, capsys):
 
 
 def test_committed_weights_have_the_accuracy_that_the_readme_claims(real_data, capsys):
-    claim = re.search(r"weights\.pkl: \*\*(\d\d\.\d\d) %\*\*", (ROOT / "README.md").read_text())
+    claim = re.search(r"weights\.pkl: \*\*(\d\d\.\d\d) %\*\*", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert claim, "README.md states the accuracy as: weights.pkl: **xx.xx %**"
     status = eval.main(["--weights", str(ROOT / "weights.pkl"), "--data-dir", str(real_data), "--json"])
     result = json.loads(capsys.readouterr().out)
     assert status == 0
-    # a processor of another kind rounds differently: one image in 10,000 may fall on the other side
-    assert result["accuracy"] == pytest.approx(float(claim[1]), abs=0.05)
-    assert result["accuracy"] == pytest.approx(result["trained"]["accuracy"], abs=0.05)
+    # a processor of another kind rounds differently: an image or two in 10,000 may fall on the other side
+    assert result["accuracy"] == pytest.approx(float(claim[1]), abs=0.02)
+    assert result["accuracy"] == pytest.approx(result["trained"]["accuracy"], abs=0.02)

@@ -9,11 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from PIL import Image
 
 import eval
@@ -116,9 +115,10 @@ def test_loss_that_is_no_number(dataset, tmp_path, capsys):
 
 
 def start(folder, dataset, *options: str) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "train.py", "--data-dir", dataset, "--run-dir", folder,
-               "--out", folder / "weights.pkl", *QUICK, *options]
-    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["--data-dir", dataset, "--run-dir", folder, "--out", folder / "weights.pkl", *QUICK, *options]
+    small = f"import sys, data, train; data.SIZES = {SMALL}; sys.exit(train.main(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", small, *map(str, command)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_epoch(process: subprocess.Popen, epoch: int) -> None:
@@ -131,7 +131,6 @@ def wait_for_epoch(process: subprocess.Popen, epoch: int) -> None:
 def test_killed_and_resumed_equals_uninterrupted(finished, dataset, tmp_path):
     process = start(tmp_path, dataset, "--epochs", "3")
     wait_for_epoch(process, 1)
-    time.sleep(0.3)  # into the second epoch
     process.kill()
     process.wait()
     assert len(rows_of(tmp_path)) < 3 and not (tmp_path / "weights.pkl").exists()
@@ -154,6 +153,7 @@ def test_ctrl_c_says_how_to_resume(dataset, tmp_path):
 def test_resuming_a_finished_run_changes_nothing(finished, dataset, tmp_path):
     folder = copy_of(finished, tmp_path)
     (folder / "weights.pkl").unlink()
+    (folder / "metrics.csv").unlink()  # as after a kill between the last checkpoint and the log
     assert train_with(folder, dataset, "--epochs", "3", "--resume") == 0
     assert rows_of(folder) == rows_of(finished)
     states = [load_weights(f / "weights.pkl")[0].state_dict() for f in (folder, finished)]
@@ -223,7 +223,11 @@ def test_optimizers(optimizer, dataset, tmp_path):
     (["--batch-size", "many"], "invalid int value: 'many'"),
     (["--set", "size=3"], "a recipe has no value 'size'"),
     (["--set", "dropout=much"], "dropout takes float values, not 'much'"),
-    (["--set", "optimizer=magic"], "there is no optimizer 'magic'"),
+    (["--set", "optimizer=magic"], "one of them is out of range"),
+    (["--set", "lr=nan"], "one of them is out of range"),
+    (["--set", "warmup=1"], "one of them is out of range"),
+    (["--set", "epochs=0"], "one of them is out of range"),
+    (["--seed", "-1"], "-1 is not between 0 and"),
     (["--recipe", "none"], "invalid choice: 'none'"),
 ])
 def test_bad_options(options, message, dataset, tmp_path, capsys):
@@ -235,14 +239,52 @@ def test_bad_options(options, message, dataset, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_out_that_cannot_be_written(dataset, tmp_path, capsys):
+@pytest.mark.parametrize("option", ["--run-dir", "--out"])
+def test_places_that_cannot_be_written(option, dataset, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert train.main(["--data-dir", str(dataset), "--run-dir", str(tmp_path / "file" / "run"), *QUICK]) == 2
+    places = {"--run-dir": tmp_path / "run", "--out": tmp_path / "weights.pkl", option: tmp_path / "file" / "x"}
+    words = [str(word) for pair in places.items() for word in pair]
+    assert train.main(["--data-dir", str(dataset), *words, *QUICK]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.skipif(not train.can_compile(torch.device("cpu")), reason="there is no C++ compiler")
-def test_compiled_network_computes_the_same():
+def test_a_fresh_start_removes_what_an_earlier_run_left(finished, dataset, tmp_path):
+    folder = copy_of(finished, tmp_path)
+    process = start(folder, dataset, "--epochs", "3")
+    for line in process.stdout:
+        if line.startswith("epoch "):  # the head of the table: nothing is trained yet
+            break
+    process.kill()
+    process.wait()
+    assert {path.name for path in folder.iterdir()} == {"weights.pkl"}
+
+
+@pytest.fixture
+def compiler():
+    if not train.can_compile(torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+
+
+def test_compiled_run_resumes_too(compiler, dataset, tmp_path, monkeypatch):
+    compiled = ["--epochs", "2", "--set", "compile=True"]
+    assert train_with(tmp_path / "whole", dataset, *compiled) == 0
+    save = train.write_csv
+
+    def interrupted(path, rows):
+        save(path, rows)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_csv", interrupted)
+        assert train_with(tmp_path / "parts", dataset, *compiled) == 130
+    assert len(rows_of(tmp_path / "parts")) == 1
+    assert train_with(tmp_path / "parts", dataset, *compiled, "--resume") == 0
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    whole, parts = (load_weights(tmp_path / name / "weights.pkl")[0].state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_compiled_network_computes_the_same(compiler):
     torch.manual_seed(0)
     network = build_network("report", dropout=0.0)
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
