@@ -75,7 +75,7 @@ RECIPES = {
         # The report names no optimiser and no schedule: these won on the held-out images, see the README.
         optimizer="sgd", momentum=0.9, weight_decay=5e-4, final_lr=0.0,
         warmup=0.1,        # usual; not tuned
-        compile=True,      # 1.3 to 1.6 times the images per second on two cores: tests/benchmark.py
+        compile=True,      # 1.3 times the images per second on two cores: docs/benchmark.txt
     ),
 }
 
