@@ -144,7 +144,7 @@ def checked_split(images: np.ndarray, labels: np.ndarray, source: str, part: str
 
 def read_official_folder(root: Path, part: str) -> Split:
     """One part of `root`/cifar-10-batches-py, md5-checked and read by torchvision."""
-    from torchvision.datasets import CIFAR10  # 3 s to import, and most runs read cifar10.npz
+    from torchvision.datasets import CIFAR10  # slow to import, and most runs read cifar10.npz
 
     try:
         dataset = CIFAR10(root, train=part == "train")
@@ -306,7 +306,7 @@ def auto_augment(images: torch.Tensor, seed: int) -> torch.Tensor:
     """Each image through AutoAugment's CIFAR-10 policy (Cubuk et al. 2018, arXiv 1805.09501).
 
     uint8 (N, 32, 32, 3) -> the same. torchvision draws one operation for a whole batch, so the
-    images go through one by one: about 0.2 ms each.
+    images go through one by one.
     """
     from torchvision.transforms import v2
 

@@ -31,7 +31,7 @@ BATCH_SIZE = 100  # a layer's output stays in the cache; train.py measures with 
 @torch.inference_mode()
 def infer(network: nn.Module, split: Split, batch_size: int = BATCH_SIZE) -> torch.Tensor:
     """Log-probabilities (N, 10) of the images of `split`, on its device."""
-    folded = fold_batch_norm(network).to(memory_format=torch.channels_last)  # as the batches are: a third faster
+    folded = fold_batch_norm(network).to(memory_format=torch.channels_last)  # as the batches are
     return torch.cat([folded(images) for images, _ in batches(split, batch_size)])
 
 
@@ -87,7 +87,7 @@ def class_table(confusion: torch.Tensor) -> str:
 
 
 def plot_confusion(confusion: torch.Tensor, title: str, path: Path) -> None:
-    import matplotlib  # 2 s to import, and needed only here
+    import matplotlib  # slow to import, and needed only here
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -71,7 +71,7 @@ RECIPES = {
     "report": Recipe(
         network="report",
         epochs=20, batch_size=250, lr=0.03, dropout=0.2,  # the report's own values
-        max_degrees=15.0,  # the report says no angle: enough to see, too little to make a 6 of a 9; not tuned
+        max_degrees=15.0,  # the report says no angle; not tuned
         # The report names no optimiser and no schedule: decay and weight decay paid on the held-out images,
         # AdamW was ahead of SGD after two epochs and has not been tried for twenty, see the README.
         optimizer="sgd", momentum=0.9, weight_decay=5e-4, final_lr=0.0,
@@ -215,7 +215,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def plot_run(run_dir: Path) -> None:
     """Draw accuracy.png and loss.png from metrics.csv, all in `run_dir`."""
-    import matplotlib  # 2 s to import, and needed only here
+    import matplotlib  # slow to import, and needed only here
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
