@@ -265,23 +265,24 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 # --- enlarging the training set ---------------------------------------------------------------
 
 
-def enlarge(split: Split, seed: int, max_degrees: float) -> Split:
+def enlarge(split: Split, seed: int, max_degrees: float, together: int = 1) -> Split:
     """The report's enlarged training set: each image in three forms, 3N in all.
 
     In this order: all images as they are, all mirrored and rotated, all through AutoAugment.
-    Every image gets its own draws, and equal seeds give equal sets.
+    Equal seeds give equal sets.
 
     Args:
         split: N images.
         seed: of the angles and of AutoAugment's draws.
-        max_degrees: the angles are uniform between -max_degrees and max_degrees.
+        max_degrees: the angles are uniform between -max_degrees and max_degrees, a draw an image.
+        together: images that share a draw of AutoAugment, see `auto_augment`.
     """
-    forms = [
-        split.images,
-        mirror_and_rotate(split.images, max_degrees, torch.Generator().manual_seed(seed)),
-        auto_augment(split.images, seed),
-    ]
-    return Split(torch.cat(forms), split.labels.repeat(len(forms)))
+    n = len(split.images)
+    images = torch.empty((3 * n, *split.images.shape[1:]), dtype=torch.uint8)  # once: torch.cat would need it twice
+    images[:n] = split.images
+    images[n : 2 * n] = mirror_and_rotate(split.images, max_degrees, torch.Generator().manual_seed(seed))
+    auto_augment(split.images, seed, together, out=images[2 * n :])
+    return Split(images, split.labels.repeat(3))
 
 
 def mirror_and_rotate(images: torch.Tensor, max_degrees: float, generator: torch.Generator) -> torch.Tensor:
@@ -302,20 +303,28 @@ def mirror_and_rotate(images: torch.Tensor, max_degrees: float, generator: torch
     return turned
 
 
-def auto_augment(images: torch.Tensor, seed: int) -> torch.Tensor:
+def auto_augment(images: torch.Tensor, seed: int, together: int = 1, out: torch.Tensor | None = None) -> torch.Tensor:
     """Each image through AutoAugment's CIFAR-10 policy (Cubuk et al. 2018, arXiv 1805.09501).
 
-    uint8 (N, 32, 32, 3) -> the same. torchvision draws one operation for a whole batch, so the
-    images go through one by one.
+    uint8 (N, 32, 32, 3) -> the same. torchvision draws one operation for all images that it is given
+    at once. With `together` at 1 the images go through one by one; more of them, chosen at random,
+    share a draw, which changes no image's odds and takes a fraction of the time.
+
+    Args:
+        images: N images.
+        seed: of the draws.
+        together: images to a draw.
+        out: where to write, if not to a new tensor.
     """
     from torchvision.transforms import v2
 
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-    changed = torch.empty_like(images)
+    changed = torch.empty_like(images) if out is None else out
     with torch.random.fork_rng(devices=[]):  # the policy draws from torch's global generator
         torch.manual_seed(seed)
-        for i, image in enumerate(images.permute(0, 3, 1, 2)):
-            changed[i] = policy(image).permute(1, 2, 0)
+        order = torch.arange(len(images)) if together == 1 else torch.randperm(len(images))
+        for chosen in order.split(together):
+            changed[chosen] = policy(images[chosen].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return changed
 
 
@@ -331,26 +340,50 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
+def shrink(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Float images (B, 3, 32, 32) -> (B, 3, side, side), each pixel a weighted mean of those it covers."""
+    if side == images.shape[-1]:
+        return images
+    small = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    return small.contiguous(memory_format=torch.channels_last)
+
+
 @functools.cache  # once a device: copying them there for each batch would make a GPU wait
 def mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(MEAN, device=device) * 255, torch.tensor(STD, device=device) * 255
 
 
+def random_crop(images: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
+    """Each image shifted by up to `pixels` in both directions, by its own draw, black coming in at the borders.
+
+    uint8 (N, 32, 32, 3) -> the same: a 32x32 window of the image with `pixels` of border around it.
+    """
+    n, side = len(images), images.shape[1]
+    padded = F.pad(images, (0, 0, pixels, pixels, pixels, pixels))
+    corners = torch.randint(0, 2 * pixels + 1, (2, n, 1), generator=generator).to(images.device)
+    rows, columns = corners + torch.arange(side, device=images.device)  # (n, side) each
+    return padded[torch.arange(n, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
 def batches(
-    split: Split, batch_size: int, shuffle: torch.Generator | None = None
+    split: Split, batch_size: int, shuffle: torch.Generator | None = None, crop: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Normalised images (B, 3, 32, 32) and labels (B,), once through `split`; the last may be smaller.
 
     Args:
         split: what to go through; the batches are on its device.
         batch_size: B.
-        shuffle: a CPU generator that draws the order; None keeps the order of the split.
+        shuffle: a CPU generator that draws the order and the crops; None keeps the order of the split.
+        crop: pixels by which each image is shifted at most; needs `shuffle`.
     """
     n = len(split.images)
     order = None if shuffle is None else torch.randperm(n, generator=shuffle).to(split.images.device)
     for start in range(0, n, batch_size):
         chosen = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-        yield normalize(split.images[chosen]), split.labels[chosen]
+        images = split.images[chosen]
+        if crop:
+            images = random_crop(images, crop, shuffle)
+        yield normalize(images), split.labels[chosen]
 
 
 def read_picture(path: str | os.PathLike) -> torch.Tensor:

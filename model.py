@@ -6,6 +6,7 @@ asserted. `save_weights` and `load_weights` write and read weights.pkl.
 """
 
 import copy
+import functools
 import os
 import pickle
 import zipfile
@@ -13,8 +14,9 @@ import zlib
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from data import replacing
 
@@ -71,7 +73,121 @@ class ReportNet(nn.Module):
         return self.classifier(self.features(images))
 
 
-NETWORKS = {"report": ReportNet}
+# --- the mirror-paired residual network --------------------------------------------------------
+
+
+class PairedConv(nn.Module):
+    """Mirror-paired convolution, batch norm and, if wanted, ReLU: (N, C_in, H, W) -> (N, C_out, H', W').
+
+    A layer's channels are two halves [a | b], and b is what a would be in the mirrored image. Half
+    of the filters are free parameters; the other half are the same filters mirrored left to right,
+    the halves of their inputs exchanged. So a layer costs the parameters of half its width, and
+    mirroring the image mirrors the maps and exchanges their halves, nothing else: a group
+    convolution (Cohen & Welling 2016, arXiv 1602.07576) for the group of one mirror.
+
+    Args:
+        channels_in: 3 for the image itself, whose channels are no pairs.
+        channels_out: even.
+        size: side of the kernel, in pixels.
+        stride: the padding leaves H / stride rows. For a mirror-symmetric layer `size` is odd
+            with stride 1, even with stride 2.
+        groups: 1, or an even number: then no group mixes the two halves.
+        relu: whether ReLU follows the norm.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, size: int, stride: int = 1, groups: int = 1, relu: bool = True
+    ):
+        super().__init__()
+        self.size, self.relu = size, relu
+        self.options = {"stride": stride, "padding": (size - stride + 1) // 2, "groups": groups}
+        self.exchanges = channels_in != 3 and groups == 1  # else a half, or the image, feeds each filter alone
+        fan_in = channels_in // groups * size**2
+        # two-dimensional, a row for each free filter: the form that torch.optim.Muon takes
+        self.weight = nn.Parameter(torch.randn(channels_out // 2, fan_in) * (2 / fan_in) ** 0.5)
+        self.norm = nn.BatchNorm2d(channels_out // 2)  # a pair shares it
+
+    def kernel(self) -> torch.Tensor:
+        """The weights (C_out, C_in / groups, size, size) of the whole layer."""
+        free = self.weight.unflatten(1, (-1, self.size, self.size))
+        mirrored = free.flip(3)
+        if self.exchanges:
+            mirrored = mirrored.roll(mirrored.shape[1] // 2, dims=1)
+        return torch.cat([free, mirrored]).contiguous(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.conv2d(x, self.kernel(), **self.options)
+        n, c, h, w = x.shape
+        # in channels_last memory the two halves lie side by side: half the channels at twice the width
+        x = x.permute(0, 2, 3, 1).reshape(n, h, 2 * w, c // 2).permute(0, 3, 1, 2)
+        x = self.norm(x)
+        if self.relu:
+            x = F.relu(x, inplace=True)
+        return x.permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+    def folded(self) -> nn.Module:
+        """The same layer for inference: one ordinary convolution that holds pairs and norm."""
+        kernel, options, norm = self.kernel(), self.options, self.norm
+        channels_out, channels_in = kernel.shape[0], kernel.shape[1] * options["groups"]
+        convolution = nn.Conv2d(channels_in, channels_out, self.size, **options, device=kernel.device)
+        pair = [t.repeat(2) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
+        mean, variance, weight, bias = pair
+        convolution.weight, convolution.bias = fuse_conv_bn_weights(
+            kernel, None, mean, variance, norm.eps, weight, bias)
+        return nn.Sequential(convolution, nn.ReLU(inplace=True)) if self.relu else convolution
+
+
+class PairedBlock(nn.Module):
+    """Residual block (N, width, H, W) -> the same: a grouped 3x3 layer looks around, a 1x1 layer mixes the channels."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.space = PairedConv(width, width, 3, groups=groups)
+        self.mix = PairedConv(width, width, 1, relu=False)
+        nn.init.zeros_(self.mix.norm.weight)  # starts as the identity (Goyal et al. 2017, arXiv 1706.02677)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + self.mix(self.space(x)), inplace=True)
+
+
+class PairedNet(nn.Module):
+    """Mirror-paired residual network; its log-probabilities for an image and its mirror image are the same.
+
+    Args:
+        stem_stride: 2 halves the map in the first layer, 1 does not.
+        stages: (width, blocks) of each resolution; the map is halved between two of them.
+        group_width: channels in each group of the 3x3 layers.
+        dropout: share of the features set to zero in training, before the linear layer.
+    """
+
+    def __init__(
+        self, stem_stride: int, stages: tuple[tuple[int, int], ...], group_width: int = 16, dropout: float = 0.0
+    ):
+        super().__init__()
+        width = stages[0][0]
+        layers: list[nn.Module] = [PairedConv(3, width, 4 if stem_stride == 2 else 3, stem_stride)]
+        for i, (stage_width, blocks) in enumerate(stages):
+            if i > 0:
+                layers.append(nn.AvgPool2d(2))
+            if stage_width != width:
+                layers.append(PairedConv(width, stage_width, 1))
+                width = stage_width
+            layers += [PairedBlock(width, width // group_width) for _ in range(blocks)]
+        self.features = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(width // 2, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.features(images).mean(dim=(2, 3), dtype=torch.float32)  # (N, width)
+        a, b = features.chunk(2, dim=1)  # the mirrored image has them the other way round
+        return F.log_softmax(self.classifier(self.dropout(a + b)).float(), dim=1)
+
+
+NETWORKS = {
+    "report": ReportNet,
+    # 4x4 stride 2 to 64 channels at 16x16, three blocks there, four at 8x8
+    "fast": functools.partial(PairedNet, stem_stride=2, stages=((64, 3), (64, 4))),
+}
 
 
 def count_parameters(network: nn.Module) -> tuple[int, int]:
@@ -109,6 +225,10 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
     convolution's weight and bias can carry. The outputs agree up to rounding.
     """
     folded = copy.deepcopy(network).eval()
+    for module in list(folded.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, PairedConv):
+                setattr(module, name, child.folded())
     for container in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
         for i in range(len(container) - 1):
             if isinstance(container[i], nn.Conv2d) and isinstance(container[i + 1], nn.BatchNorm2d):

@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import DataError, Split, batches, enlarge, load_training_data, replacing
+from data import DataError, Split, batches, enlarge, load_training_data, replacing, shrink
 from eval import command_parser, evaluate, exit_status, pick_device, positive
-from model import ModelError, build_network, count_parameters, read_archive, save_weights
+from model import ModelError, build_network, count_parameters, load_weights, read_archive, save_weights
 
 # --- recipes ----------------------------------------------------------------------------------
 
@@ -39,44 +39,85 @@ class Recipe:
 
     network: str          # a key of model.NETWORKS
     max_degrees: float    # the mirrored form of an image is turned by up to this angle
+    together: int         # images that share a draw of AutoAugment
+    crop: int             # pixels by which an image is shifted at most, a draw a batch and image
+    small: float          # share of the steps on shrunken images: half of them 16x16, then as many 24x24
     epochs: int           # passes through the enlarged set
     batch_size: int       # images a step
     lr: float             # the highest learning rate
-    warmup: float         # share of the steps over which the rate rises to it from zero
-    final_lr: float       # share of lr that is left at the last step, reached along half a cosine
+    vector_lr: float      # with muon, that of all but the convolutions' weights
+    warmup: float         # share of the steps over which the rates rise to it from zero
+    final_lr: float       # share of the rates that is left at the last step, reached along half a cosine
     optimizer: str        # a key of OPTIMIZERS
-    momentum: float       # SGD's momentum, Adam's beta1
-    weight_decay: float   # on every parameter
+    momentum: float       # SGD's and Muon's momentum, Adam's beta1
+    weight_decay: float   # on every parameter that lr is for
+    label_smoothing: float  # share of the target that all ten classes have in common
+    averaging: float      # how much of the averaged weights is kept at each step; 0: no averaging
     dropout: float        # share of the features dropped before the linear layer
+    bfloat16: bool        # the network computes in bfloat16 where the hardware does; weights stay float32
     compile: bool         # torch.compile on a CPU: equal up to rounding and which features dropout draws
 
     def __post_init__(self):
         fits = (
-            self.epochs > 0 and self.batch_size > 0 and 0 < self.lr < math.inf and self.optimizer in OPTIMIZERS
-            and 0 <= self.warmup < 1 and 0 <= self.final_lr <= 1 and 0 <= self.momentum < 1
-            and 0 <= self.weight_decay < math.inf and 0 <= self.dropout < 1 and 0 <= self.max_degrees <= 180
+            self.epochs > 0 and self.batch_size > 0 and self.together > 0 and self.optimizer in OPTIMIZERS
+            and all(0 < rate < math.inf for rate in (self.lr, self.vector_lr)) and 0 <= self.weight_decay < math.inf
+            and all(0 <= share < 1 for share in (self.warmup, self.momentum, self.dropout, self.averaging))
+            and all(0 <= share <= 1 for share in (self.small, self.final_lr, self.label_smoothing))
+            and 0 <= self.max_degrees <= 180 and 0 <= self.crop <= 32
         )
         if not fits:
             raise ModelError(f"no recipe can have these values, one of them is out of range: {self}")
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda parameters, r: torch.optim.SGD(
-        parameters, lr=r.lr, momentum=r.momentum, weight_decay=r.weight_decay, nesterov=r.momentum > 0),
-    "adam": lambda parameters, r: torch.optim.AdamW(
-        parameters, lr=r.lr, betas=(r.momentum, 0.999), weight_decay=r.weight_decay),
+Optimizers = list[torch.optim.Optimizer]
+
+
+def sgd(parameters: Iterable[torch.Tensor], lr: float, recipe: Recipe, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        parameters, lr=lr, momentum=recipe.momentum, weight_decay=weight_decay, nesterov=recipe.momentum > 0)
+
+
+def muon(network: nn.Module, recipe: Recipe) -> Optimizers:
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the convolutions' weights, SGD for the rest.
+
+    Muon takes matrices: a network for it keeps its convolutions' weights as such. It replaces each
+    gradient by the nearest matrix whose rows are orthogonal, so that all directions are learnt at one rate.
+    """
+    matrices = [p for name, p in network.named_parameters() if p.ndim == 2 and not name.startswith("classifier")]
+    taken = {id(p) for p in matrices}
+    return [
+        torch.optim.Muon(matrices, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
+        sgd([p for p in network.parameters() if id(p) not in taken], recipe.vector_lr, recipe, 0.0),
+    ]
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe], Optimizers]] = {
+    "sgd": lambda network, r: [sgd(network.parameters(), r.lr, r, r.weight_decay)],
+    "adam": lambda network, r: [torch.optim.AdamW(
+        network.parameters(), lr=r.lr, betas=(r.momentum, 0.999), weight_decay=r.weight_decay)],
+    "muon": muon,
 }
 
 RECIPES = {
     "report": Recipe(
         network="report",
         epochs=20, batch_size=250, lr=0.03, dropout=0.2,  # the report's own values
-        max_degrees=15.0,  # the report says no angle; not tuned
+        crop=0, small=0.0, label_smoothing=0.0, averaging=0.0, bfloat16=False,  # the report has none of these
+        max_degrees=15.0, together=1,  # the report says no angle; not tuned
         # The report names no optimiser and no schedule: decay and weight decay paid on the held-out images,
         # AdamW was ahead of SGD after two epochs and has not been tried for twenty, see the README.
-        optimizer="sgd", momentum=0.9, weight_decay=5e-4, final_lr=0.0,
+        optimizer="sgd", momentum=0.9, weight_decay=5e-4, final_lr=0.0, vector_lr=0.03,
         warmup=0.1,        # usual; not tuned
         compile=True,      # 1.3 times the images per second on two cores: docs/benchmark.txt
+    ),
+    "fast": Recipe(
+        network="fast",
+        epochs=4, batch_size=256, lr=0.05, vector_lr=0.1, dropout=0.0,
+        crop=4, small=0.7, label_smoothing=0.0, averaging=0.0, bfloat16=True,
+        max_degrees=15.0, together=16,
+        optimizer="muon", momentum=0.9, weight_decay=0.0, final_lr=0.0,
+        warmup=0.15,
+        compile=False,
     ),
 }
 
@@ -95,43 +136,80 @@ def can_compile(device: torch.device) -> bool:
         return False
 
 
-def learning_rate(recipe: Recipe, progress: float) -> float:
-    """The rate when a share `progress` (0..1) of the steps is done: up along a line, down along a cosine."""
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16; others emulate it, slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def rate_share(recipe: Recipe, progress: float) -> float:
+    """The share of the highest rate when a share `progress` (0..1) of the steps is done.
+
+    Up along a line while it warms up, then down along half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983).
+    """
     if progress < recipe.warmup:
-        return recipe.lr * progress / recipe.warmup
+        return progress / recipe.warmup
     decay = (progress - recipe.warmup) / (1 - recipe.warmup)
-    return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * (1 + math.cos(math.pi * decay)) / 2)
+    return recipe.final_lr + (1 - recipe.final_lr) * (1 + math.cos(math.pi * decay)) / 2
+
+
+def image_side(recipe: Recipe, progress: float) -> int:
+    """The side in pixels of the images that are trained on when a share `progress` of the steps is done.
+
+    Small images first take a quarter of the time and teach nearly as much (fast.ai's progressive resizing, 2018).
+    """
+    if progress > recipe.small:
+        return 32
+    return 16 if progress <= recipe.small / 2 else 24
 
 
 # --- training ---------------------------------------------------------------------------------
 
 
+def smoothed_loss(log_probabilities: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Mean negative log-likelihood, with a share `smoothing` of the target spread over all classes.
+
+    As F.cross_entropy's label_smoothing (Szegedy et al. 2016, arXiv 1512.00567), for log-probabilities.
+    """
+    loss = F.nll_loss(log_probabilities, labels)
+    return loss if smoothing == 0 else (1 - smoothing) * loss - smoothing * log_probabilities.mean()
+
+
 def train_epoch(
     step_network: Callable[[torch.Tensor], torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     train: Split,
     recipe: Recipe,
     epoch: int,
-    shuffle: torch.Generator,
+    generator: torch.Generator,
+    after_step: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """One pass through `train`; `epoch` counts from 0.
+    """One pass through `train`; `epoch` counts from 0, `generator` draws order and crops.
 
     Returns:
         The mean loss and the accuracy in percent, over the pass, of the batches as they were trained on.
     """
     steps = math.ceil(len(train.images) / recipe.batch_size)
+    device = train.images.device
     # summed on the device: reading a number at every step would make a GPU wait for it
-    loss_sum = torch.zeros((), device=train.images.device)
-    correct = torch.zeros((), device=train.images.device, dtype=torch.long)
-    for step, (images, labels) in enumerate(batches(train, recipe.batch_size, shuffle)):
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device, dtype=torch.long)
+    for step, (images, labels) in enumerate(batches(train, recipe.batch_size, generator, recipe.crop)):
         progress = (epoch * steps + step + 1) / (recipe.epochs * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, progress)
-        log_probabilities = step_network(images)
-        loss = F.nll_loss(log_probabilities, labels)
-        optimizer.zero_grad()
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = group.setdefault("highest_lr", group["lr"]) * rate_share(recipe, progress)
+        images = shrink(images, image_side(recipe, progress))
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            log_probabilities = step_network(images)
+        loss = smoothed_loss(log_probabilities, labels, recipe.label_smoothing)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+        after_step()
         loss_sum += loss.detach() * len(labels)
         correct += (log_probabilities.detach().argmax(dim=1) == labels).sum()
         show_progress(step + 1, steps)
@@ -145,29 +223,30 @@ def fit(
     test: Split,
     recipe: Recipe,
     seed: int,
-    compiled: bool,
     checkpoint: dict,
 ) -> Iterator[tuple[dict, dict]]:
     """Train `network` and yield, after each epoch, its row of figures and what a checkpoint must hold.
 
-    `checkpoint` is empty, or holds that of the epoch to go on from.
+    `checkpoint` is empty, or holds that of the epoch to go on from. `network` ends with the
+    weights that the last row's test figures are of.
 
     Every random number of an epoch follows from `seed` and the epoch's number, so a run that goes
     on from a checkpoint draws what the uninterrupted run would have drawn.
     """
-    optimizer = OPTIMIZERS[recipe.optimizer](network.parameters(), recipe)
+    optimizers = OPTIMIZERS[recipe.optimizer](network, recipe)
     epochs_done = checkpoint.get("epochs_done", 0)
     if epochs_done:
         network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    step_network = torch.compile(network, dynamic=False) if compiled else network
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    step_network = torch.compile(network, dynamic=False) if recipe.compile else network
 
     for epoch in range(epochs_done, recipe.epochs):
         start = time.perf_counter()
         torch.manual_seed(seed * 10_000 + epoch)  # for dropout, on every device
-        shuffle = torch.Generator().manual_seed(seed * 10_000 + epoch)
+        generator = torch.Generator().manual_seed(seed * 10_000 + epoch)
         network.train()
-        train_loss, train_accuracy = train_epoch(step_network, optimizer, train, recipe, epoch, shuffle)
+        train_loss, train_accuracy = train_epoch(step_network, optimizers, train, recipe, epoch, generator)
         test_accuracy, test_loss = evaluate(network, test)
         row = {
             "epoch": epoch + 1,
@@ -175,13 +254,13 @@ def fit(
             "train_accuracy": train_accuracy,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": optimizers[0].param_groups[0]["lr"],
             "seconds": time.perf_counter() - start,
         }
         yield row, {
             "epochs_done": epoch + 1,
             "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
 
 
@@ -277,7 +356,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     recipes = "; ".join(f"{name}: {r.epochs} epochs, batch {r.batch_size}, lr {r.lr}" for name, r in RECIPES.items())
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, default="report", help="a named set of values (default: report)")
+    add("--recipe", choices=RECIPES, default="fast", help="a named set of values (default: %(default)s)")
     add("--out", type=Path, metavar="FILE",
         help="the weights (default: weights.pkl; with --validate, weights.pkl in the run's directory)")
     add("--run-dir", type=Path, metavar="DIR",
@@ -319,6 +398,16 @@ def read_checkpoint(path: Path, settings: dict) -> dict:
     return checkpoint
 
 
+def describe_weights(path: Path) -> str | None:
+    """What the weights at `path` are of, in a few words; None where there are none."""
+    try:
+        _, facts = load_weights(path)
+    except ModelError:
+        return None
+    return (f"those of recipe {facts.get('recipe')}, seed {facts.get('seed')}, "
+            f"with an accuracy of {facts.get('accuracy', math.nan):.2f} %")
+
+
 def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     recipe = recipe_of(args)
@@ -335,8 +424,9 @@ def run(args: argparse.Namespace) -> int:
         raise ModelError(f"{out} cannot be written: name another file with --out")
 
     train, test = load_training_data(args.data_dir, args.validate)
-    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "compile": recipe.compile and can_compile(device),
-                "seed": args.seed, "validate": args.validate}
+    recipe = dataclasses.replace(  # as far as this machine can follow it
+        recipe, compile=recipe.compile and can_compile(device), bfloat16=recipe.bfloat16 and has_bfloat16(device))
+    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate}
     path = run_dir / "checkpoint.pt"
     checkpoint = read_checkpoint(path, settings) if args.resume else {}
     rows, seconds_before = checkpoint.get("rows", []), checkpoint.get("seconds", 0.0)
@@ -344,7 +434,7 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)  # for the initial weights
     network = build_network(recipe.network, dropout=recipe.dropout).to(device)
     print(f"enlarging {len(train.images):,} training images to {3 * len(train.images):,} ...", flush=True)
-    train = enlarge(train, args.seed, recipe.max_degrees)
+    train = enlarge(train, args.seed, recipe.max_degrees, recipe.together)
     if not args.resume:  # nothing of an earlier run in this directory is to be taken for this one's
         for name in ("checkpoint.pt", "metrics.csv", "result.json", "accuracy.png", "loss.png"):
             (run_dir / name).unlink(missing_ok=True)
@@ -353,12 +443,13 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"recipe {args.recipe}, seed {args.seed}: {trainable:,} trainable of {total:,} parameters; "
         f"{len(train.images):,} training samples, {len(test.images):,} {measured} images\n"
-        f"device {device}, {torch.get_num_threads()} threads, {'' if settings['compile'] else 'not '}compiled; "
+        f"device {device}, {torch.get_num_threads()} threads, {'' if recipe.compile else 'not '}compiled, "
+        f"{'bfloat16' if recipe.bfloat16 else 'float32'}; "
         f"log and graphs go to {run_dir}, weights to {out}\n" + TABLE_HEAD.format(measured[:4]), flush=True,
     )
     for row in rows:
         print(table_line(row, recipe.epochs))
-    epochs = fit(network, train.to(device), test.to(device), recipe, args.seed, settings["compile"], checkpoint)
+    epochs = fit(network, train.to(device), test.to(device), recipe, args.seed, checkpoint)
     for row, state in epochs:
         if not math.isfinite(row["train_loss"]):
             raise ModelError(f"the loss is {row['train_loss']} in epoch {row['epoch']}: try a smaller --lr")
@@ -371,6 +462,7 @@ def run(args: argparse.Namespace) -> int:
 
     write_csv(run_dir / "metrics.csv", rows)  # a kill right behind the last checkpoint may have left it a row short
     accuracy, loss = rows[-1]["test_accuracy"], rows[-1]["test_loss"]
+    replaced = describe_weights(out)
     save_weights(out, network, recipe.network, recipe=args.recipe, seed=args.seed, epochs=recipe.epochs,
                  validate=args.validate, accuracy=accuracy)
     seconds = seconds_before + time.perf_counter() - started
@@ -384,6 +476,8 @@ def run(args: argparse.Namespace) -> int:
     plot_run(run_dir)
     print(f"{accuracy:.2f} % of the {measured} images after {recipe.epochs} epochs and {seconds / 60:.1f} minutes; "
           f"the weights are in {out}")
+    if replaced:
+        print(f"They took the place of {replaced}. To have the repository's back: git checkout {out}")
     return 0
 
 

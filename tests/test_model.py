@@ -5,10 +5,21 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_arrays
 from torch import nn
 
 import model
-from model import ModelError, build_network, check_limit, count_parameters, fold_batch_norm, load_weights, save_weights
+from data import normalize
+from model import (
+    ModelError,
+    PairedConv,
+    build_network,
+    check_limit,
+    count_parameters,
+    fold_batch_norm,
+    load_weights,
+    save_weights,
+)
 
 # The report's layers by hand: (channels in, channels out, size of the map it computes).
 REPORT_CONVOLUTIONS = [
@@ -59,20 +70,26 @@ def test_limit_is_asserted_where_networks_are_built(monkeypatch):
         build_network("wide")
 
 
-def test_every_parameter_gets_a_gradient():
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
-    network = build_network("report")
+    network = build_network(name)
+    for parameter in network.parameters():  # a block's last norm starts at zero and lets no gradient through
+        if not parameter.any():
+            nn.init.normal_(parameter)
     F.nll_loss(network(torch.randn(16, 3, 32, 32)), torch.arange(16) % 10).backward()
     for name, parameter in network.named_parameters():
         # a bias in front of a batch norm shifts what the norm takes away again: its gradient is rounding
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-def test_loss_falls_on_one_batch():
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_loss_falls_on_one_batch(name):
     torch.manual_seed(0)
-    network = build_network("report")
+    network = build_network(name)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.03, momentum=0.9)
-    images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
+    images, labels = (torch.from_numpy(array) for array in make_arrays(32, 0))
+    images, labels = normalize(images), labels.long()
     losses = []
     for _ in range(40):
         loss = F.nll_loss(network(images), labels)
@@ -83,16 +100,55 @@ def test_loss_falls_on_one_batch():
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_folding_keeps_the_output():
+def trained_a_little(name: str) -> nn.Module:
+    """A network whose running statistics are not 0 and 1, and whose norms are not all the same."""
     torch.manual_seed(0)
-    network = build_network("report")
-    for _ in range(3):  # moves the running statistics away from 0 and 1
+    network = build_network(name)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    for _ in range(3):
         network(2 * torch.randn(64, 3, 32, 32) + 1)
-    network.eval()
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_folding_keeps_the_output(name):
+    network = trained_a_little(name)
     images = torch.randn(8, 3, 32, 32)
     folded = fold_batch_norm(network)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert torch.allclose(folded(images), network(images), atol=1e-4)
+
+
+def mirrored_pairs(maps: torch.Tensor) -> torch.Tensor:
+    """What a paired layer gives for the mirrored image: its maps mirrored, their halves exchanged."""
+    return maps.flip(3).roll(maps.shape[1] // 2, dims=1)
+
+
+@pytest.mark.parametrize("channels_in, size, stride, groups", [
+    (3, 3, 1, 1), (3, 4, 2, 1), (8, 1, 1, 1), (8, 3, 1, 1), (8, 3, 1, 2), (16, 3, 1, 4), (8, 2, 2, 1)])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_a_paired_layer_keeps_the_mirror(channels_in, size, stride, groups, memory_format):
+    torch.manual_seed(0)
+    layer = PairedConv(channels_in, 16, size, stride, groups)
+    assert layer.weight.numel() == 16 * channels_in // groups * size**2 // 2
+    images = torch.randn(4, channels_in, 12, 12).to(memory_format=memory_format)
+    other = images.flip(3) if channels_in == 3 else mirrored_pairs(images)
+    for _ in range(2):  # first as trained, then as tested
+        maps = layer(images)
+        assert maps.shape == (4, 16, 12 // stride, 12 // stride) and maps.std() > 0.1
+        assert not torch.allclose(layer(other), maps, atol=1e-2)
+        assert torch.allclose(layer(other), mirrored_pairs(maps), atol=1e-5)
+        layer.eval()
+
+
+def test_an_image_and_its_mirror_image_are_the_same_to_paired_networks():
+    network = trained_a_little("fast")
+    images = torch.randn(8, 3, 32, 32)
+    output = network(images)
+    assert output.std() > 0.1 and torch.allclose(output, network(images.flip(3)), atol=1e-4)
 
 
 def test_weights_come_back(tmp_path):

@@ -19,7 +19,7 @@ import eval
 import train
 from model import build_network, load_weights
 
-QUICK = ["--batch-size", "30", "--set", "compile=False", "--device", "cpu"]
+QUICK = ["--recipe", "report", "--batch-size", "30", "--set", "compile=False", "--device", "cpu"]
 
 
 def train_with(folder, dataset, *options: str) -> int:
@@ -196,14 +196,29 @@ def test_a_failed_write_leaves_the_old_log(tmp_path):
 # --- schedule and options ---------------------------------------------------------------------
 
 
-def test_learning_rate():
-    recipe = dataclasses.replace(train.RECIPES["report"], lr=2.0, warmup=0.25, final_lr=0.1)
-    assert train.learning_rate(recipe, 0.125) == pytest.approx(1.0)
-    assert train.learning_rate(recipe, 0.25) == pytest.approx(2.0)
-    assert train.learning_rate(recipe, 0.625) == pytest.approx(2.0 * 0.55)
-    assert train.learning_rate(recipe, 1.0) == pytest.approx(0.2)
+def test_rate_share():
+    recipe = dataclasses.replace(train.RECIPES["report"], warmup=0.25, final_lr=0.1)
+    assert train.rate_share(recipe, 0.125) == pytest.approx(0.5)
+    assert train.rate_share(recipe, 0.25) == pytest.approx(1.0)
+    assert train.rate_share(recipe, 0.625) == pytest.approx(0.55)
+    assert train.rate_share(recipe, 1.0) == pytest.approx(0.1)
     constant = dataclasses.replace(recipe, warmup=0.0, final_lr=1.0)
-    assert all(train.learning_rate(constant, progress) == pytest.approx(2.0) for progress in (0.0, 0.5, 1.0))
+    assert all(train.rate_share(constant, progress) == pytest.approx(1.0) for progress in (0.0, 0.5, 1.0))
+
+
+def test_image_side():
+    recipe = dataclasses.replace(train.RECIPES["report"], small=0.6)
+    assert [train.image_side(recipe, progress) for progress in (0.01, 0.3, 0.31, 0.6, 0.61, 1.0)] == [
+        16, 16, 24, 24, 32, 32]
+    assert train.image_side(dataclasses.replace(recipe, small=0.0), 0.001) == 32
+
+
+def test_smoothed_loss_against_torch():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(20, 10), torch.arange(20) % 10
+    for smoothing in (0.0, 0.2):
+        assert torch.allclose(train.smoothed_loss(logits.log_softmax(dim=1), labels, smoothing),
+                              torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing))
 
 
 def test_every_recipe_is_within_the_limit():
@@ -213,7 +228,8 @@ def test_every_recipe_is_within_the_limit():
 
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
 def test_optimizers(optimizer, dataset, tmp_path):
-    assert train_with(tmp_path, dataset, "--epochs", "1", "--set", f"optimizer={optimizer}", "--lr", "0.001") == 0
+    assert train_with(tmp_path, dataset, "--recipe", "fast", "--epochs", "1", "--set", f"optimizer={optimizer}",
+                      "--lr", "0.001") == 0
     assert math.isfinite(float(rows_of(tmp_path)[0]["train_loss"]))
 
 
