@@ -1,14 +1,14 @@
 """The networks, the 50,000-parameter limit they keep, and the file their weights live in.
 
 Every network takes float images (N, 3, 32, 32), already normalised, and returns
-log-probabilities (N, 10). Build one with `build_network("report")`: that is where the limit is
+log-probabilities (N, 10). Build one with `build_network("report")`, by its name: that is where the limit is
 asserted. `save_weights` and `load_weights` write and read weights.pkl.
 """
 
 import copy
-import functools
 import os
 import pickle
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -43,7 +43,7 @@ class ReportNet(nn.Module):
         dropout: share of the 960 features set to zero in training, before the linear layer.
     """
 
-    def __init__(self, dropout: float = 0.2):
+    def __init__(self, *, dropout: float = 0.2):
         super().__init__()
         self.features = nn.Sequential(
             # layer 0: mixes the colours                          (N,  3, 32, 32)
@@ -137,12 +137,15 @@ class PairedConv(nn.Module):
         return nn.Sequential(convolution, nn.ReLU(inplace=True)) if self.relu else convolution
 
 
+GROUP_WIDTH = 16  # channels in each group of a 3x3 layer
+
+
 class PairedBlock(nn.Module):
     """Residual block (N, width, H, W) -> the same: a grouped 3x3 layer looks around, a 1x1 layer mixes the channels."""
 
-    def __init__(self, width: int, groups: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.space = PairedConv(width, width, 3, groups=groups)
+        self.space = PairedConv(width, width, 3, groups=width // GROUP_WIDTH)
         self.mix = PairedConv(width, width, 1, relu=False)
         nn.init.zeros_(self.mix.norm.weight)  # starts as the identity (Goyal et al. 2017, arXiv 1706.02677)
 
@@ -154,25 +157,37 @@ class PairedNet(nn.Module):
     """Mirror-paired residual network; its log-probabilities for an image and its mirror image are the same.
 
     Args:
-        stem_stride: 2 halves the map in the first layer, 1 does not.
-        stages: (width, blocks) of each resolution; the map is halved between two of them.
-        group_width: channels in each group of the 3x3 layers.
+        stages: one for each size of the maps, as WIDTHxBLOCKS@SIDE: "64x3@16" is three blocks of 64
+            channels on maps of 16x16. The first side is 32 or 16, each other half of the one before.
         dropout: share of the features set to zero in training, before the linear layer.
+
+    Raises:
+        ModelError: no stages, or one that cannot be.
     """
 
-    def __init__(
-        self, stem_stride: int, stages: tuple[tuple[int, int], ...], group_width: int = 16, dropout: float = 0.0
-    ):
+    def __init__(self, *stages: str, dropout: float = 0.0):
         super().__init__()
-        width = stages[0][0]
-        layers: list[nn.Module] = [PairedConv(3, width, 4 if stem_stride == 2 else 3, stem_stride)]
-        for i, (stage_width, blocks) in enumerate(stages):
-            if i > 0:
+        layers: list[nn.Module] = []
+        width, side = 3, 32
+        for stage in stages:
+            sizes = re.fullmatch(r"(\d+)x(\d+)@(\d+)", stage)
+            new_width, blocks, new_side = map(int, sizes.groups()) if sizes else (0, 0, 0)
+            shrinks = new_side * 2 == side
+            if not new_width or new_width % (2 * GROUP_WIDTH) or not (shrinks or (new_side == 32 and not layers)):
+                raise ModelError(
+                    f"{stage!r} is no stage behind {width} channels at {side}x{side}: give WIDTHxBLOCKS@SIDE, such as "
+                    f"64x3@16, the width a multiple of {2 * GROUP_WIDTH}, the side 32 or 16 at first and then half"
+                )
+            if not layers:  # the stem, which halves the image if the first stage is at 16x16
+                layers.append(PairedConv(3, new_width, 4, stride=2) if shrinks else PairedConv(3, new_width, 3))
+            else:
                 layers.append(nn.AvgPool2d(2))
-            if stage_width != width:
-                layers.append(PairedConv(width, stage_width, 1))
-                width = stage_width
-            layers += [PairedBlock(width, width // group_width) for _ in range(blocks)]
+                if new_width != width:
+                    layers.append(PairedConv(width, new_width, 1))
+            width, side = new_width, new_side
+            layers += [PairedBlock(width) for _ in range(blocks)]
+        if not layers:
+            raise ModelError("a paired network needs stages: give some behind its name, as in 'paired 64x3@16 64x4@8'")
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width // 2, 10)
@@ -183,11 +198,7 @@ class PairedNet(nn.Module):
         return F.log_softmax(self.classifier(self.dropout(a + b)).float(), dim=1)
 
 
-NETWORKS = {
-    "report": ReportNet,
-    # 4x4 stride 2 to 64 channels at 16x16, three blocks there, four at 8x8
-    "fast": functools.partial(PairedNet, stem_stride=2, stages=((64, 3), (64, 4))),
-}
+NETWORKS = {"report": ReportNet, "paired": PairedNet}
 
 
 def count_parameters(network: nn.Module) -> tuple[int, int]:
@@ -207,15 +218,22 @@ def check_limit(network: nn.Module) -> nn.Module:
     return network
 
 
-def build_network(name: str, **sizes) -> nn.Module:
-    """A freshly initialised network: `name` is a key of NETWORKS, `sizes` go to its constructor.
+def build_network(name: str, **options) -> nn.Module:
+    """A freshly initialised network.
+
+    Args:
+        name: a key of NETWORKS; behind "paired", its stages: "paired 64x3@16 64x4@8".
+        options: go to its constructor.
 
     Raises:
-        ModelError: an unknown name, or a network over the limit.
+        ModelError: an unknown name, stages that cannot be, or a network over the limit.
     """
-    if not isinstance(name, str) or name not in NETWORKS:
-        raise ModelError(f"there is no network named {name!r}: choose from {', '.join(sorted(NETWORKS))}")
-    return check_limit(NETWORKS[name](**sizes))
+    kind, *stages = name.split() if isinstance(name, str) and name.strip() else [name]
+    if not isinstance(kind, str) or kind not in NETWORKS or (stages and kind != "paired"):
+        raise ModelError(
+            f"there is no network named {name!r}: choose 'report', or 'paired' and its stages, "
+            "as in 'paired 64x3@16 64x4@8'")
+    return check_limit(NETWORKS[kind](*stages, **options))
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
@@ -243,7 +261,7 @@ def save_weights(path: str | os.PathLike, network: nn.Module, name: str, **facts
     Args:
         path: the file to write.
         network: whose state is saved, as CPU tensors.
-        name: its key in NETWORKS, by which `load_weights` rebuilds it.
+        name: the name by which `load_weights` has `build_network` build it again.
         facts: plain values that describe the training (recipe, seed, accuracy, ...).
     """
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}

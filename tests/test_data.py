@@ -14,7 +14,19 @@ from torchvision import datasets
 
 import data
 import train
-from data import DataError, Split, batches, enlarge, load_cifar10, load_training_data, mirror_and_rotate, normalize
+from data import (
+    DataError,
+    Split,
+    auto_augment,
+    batches,
+    enlarge,
+    load_cifar10,
+    load_training_data,
+    mirror_and_rotate,
+    normalize,
+    random_crop,
+    shrink,
+)
 
 
 def split_of(n: int) -> Split:
@@ -258,6 +270,20 @@ def test_each_image_has_its_own_draws():
     assert len(enlarged[80:].flatten(1).unique(dim=0)) > 10
 
 
+def test_images_that_share_a_draw():
+    images, _ = make_arrays(40, 0)
+    same = torch.from_numpy(images[3]).expand(40, 32, 32, 3).contiguous()
+    changed = auto_augment(same, 0, together=8)
+    kinds, sizes = changed.flatten(1).unique(dim=0, return_counts=True)
+    assert 1 < len(kinds) <= 5 and all(size % 8 == 0 for size in sizes.tolist())
+    neighbours = (changed[1:] == changed[:-1]).flatten(1).all(dim=1)
+    assert neighbours.sum() < 30  # in groups of eight in a row it would be 35: they are chosen at random
+    different = split_of(40).images
+    unchanged = (auto_augment(different, 0, together=8) == different).flatten(1).all(dim=1)
+    assert unchanged.sum() < 20  # and each result is its own image's
+    assert torch.equal(auto_augment(different, 3, together=8), auto_augment(different, 3, together=8))
+
+
 def test_enlarging_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -307,6 +333,34 @@ def test_batches_go_through_everything_once():
 def test_batches_keep_the_order_without_a_generator():
     split = split_of(20)
     assert torch.equal(torch.cat([images for images, _ in batches(split, 8)]), normalize(split.images))
+
+
+def test_random_crops_are_windows_of_the_padded_image():
+    images = split_of(60).images
+    crops = random_crop(images, 3, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images, (0, 0, 3, 3, 3, 3))
+    shifts = set()
+    for crop, image in zip(crops, padded):
+        shifts.add(next((i, j) for i in range(7) for j in range(7) if torch.equal(crop, image[i:i + 32, j:j + 32])))
+    assert len(shifts) > 20 and {i for i, _ in shifts} == {j for _, j in shifts} == set(range(7))
+
+
+def test_batches_crop():
+    split = split_of(20)
+    plain, cropped = (
+        torch.cat([images for images, _ in batches(split, 8, torch.Generator().manual_seed(0), crop)]).flatten(1)
+        for crop in (0, 4))
+    assert cropped.shape == plain.shape and (cropped != plain).any(dim=1).sum() > 15
+
+
+def test_shrink_keeps_grey_and_mirror():
+    images = normalize(split_of(5).images)
+    assert shrink(images, 32) is images
+    small = shrink(images, 16)
+    assert small.shape == (5, 3, 16, 16) and small.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(shrink(images.flip(3), 16), small.flip(3), atol=1e-5)
+    assert torch.allclose(shrink(torch.full((1, 3, 32, 32), 0.7), 24), torch.full((1, 3, 24, 24), 0.7))
+    assert torch.allclose(small.mean(), images.mean(), atol=0.02)
 
 
 def test_normalize_against_torchvision():

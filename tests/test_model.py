@@ -21,6 +21,8 @@ from model import (
     save_weights,
 )
 
+NETWORKS = ["report", "paired 64x2@16 96x1@8", "paired 32x1@32 64x1@16"]
+
 # The report's layers by hand: (channels in, channels out, size of the map it computes).
 REPORT_CONVOLUTIONS = [
     (3, 3, 32), (3, 10, 32), (10, 10, 32), (10, 10, 32), (10, 30, 32), (30, 30, 32), (30, 30, 16), (30, 60, 8),
@@ -70,7 +72,7 @@ def test_limit_is_asserted_where_networks_are_built(monkeypatch):
         build_network("wide")
 
 
-@pytest.mark.parametrize("name", model.NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
     network = build_network(name)
@@ -83,7 +85,7 @@ def test_every_parameter_gets_a_gradient(name):
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("name", model.NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_loss_falls_on_one_batch(name):
     torch.manual_seed(0)
     network = build_network(name)
@@ -113,7 +115,7 @@ def trained_a_little(name: str) -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize("name", model.NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_folding_keeps_the_output(name):
     network = trained_a_little(name)
     images = torch.randn(8, 3, 32, 32)
@@ -145,15 +147,29 @@ def test_a_paired_layer_keeps_the_mirror(channels_in, size, stride, groups, memo
 
 
 def test_an_image_and_its_mirror_image_are_the_same_to_paired_networks():
-    network = trained_a_little("fast")
+    network = trained_a_little(NETWORKS[1])
     images = torch.randn(8, 3, 32, 32)
     output = network(images)
     assert output.std() > 0.1 and torch.allclose(output, network(images.flip(3)), atol=1e-4)
 
 
-def test_weights_come_back(tmp_path):
-    network = build_network("report")
-    save_weights(tmp_path / "w.pkl", network, "report", recipe="report", seed=3, accuracy=81.5)
+@pytest.mark.parametrize("name, message", [
+    ("report 64x3@16", "no network named"),
+    ("paired", "needs stages"),
+    ("paired 64", "'64' is no stage behind 3 channels at 32x32"),
+    ("paired 48x1@16", "a multiple of 32"),
+    ("paired 64x1@8", "the side 32 or 16 at first"),
+    ("paired 64x1@16 64x1@16", "is no stage behind 64 channels at 16x16"),
+])
+def test_networks_that_cannot_be(name, message):
+    with pytest.raises(ModelError, match=message):
+        build_network(name)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_come_back(name, tmp_path):
+    network = build_network(name)
+    save_weights(tmp_path / "w.pkl", network, name, recipe="report", seed=3, accuracy=81.5)
     loaded, facts = load_weights(tmp_path / "w.pkl")
     assert facts == {"recipe": "report", "seed": 3, "accuracy": 81.5}
     assert not loaded.training

@@ -165,6 +165,32 @@ def test_resume_without_a_checkpoint(dataset, tmp_path, capsys):
     assert "there is no file" in capsys.readouterr().err
 
 
+def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
+    fast = ["--recipe", "fast", "--epochs", "2", "--lr", "0.02"]
+    assert train_with(tmp_path / "whole", dataset, *fast) == 0
+    assert float(rows_of(tmp_path / "whole")[-1]["test_accuracy"]) > 60  # ten classes: chance is 10
+    save = train.write_csv
+
+    def interrupted(path, rows):
+        save(path, rows)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_csv", interrupted)
+        assert train_with(tmp_path / "parts", dataset, *fast) == 130
+    assert train_with(tmp_path / "parts", dataset, *fast, "--resume") == 0
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+
+
+def test_replaced_weights_are_named(finished, dataset, tmp_path, capsys):
+    folder = copy_of(finished, tmp_path)
+    accuracy = load_weights(folder / "weights.pkl")[1]["accuracy"]
+    assert train_with(folder, dataset, "--epochs", "1", "--seed", "4") == 0
+    out = capsys.readouterr().out
+    assert f"those of recipe report, seed 0, with an accuracy of {accuracy:.2f} %" in out
+    assert f"git checkout {folder / 'weights.pkl'}" in out
+
+
 @pytest.mark.parametrize("options, difference", [
     (["--epochs", "4"], "epochs 3 there, 4 here"),
     (["--epochs", "3", "--seed", "1"], "seed 0 there, 1 here"),
