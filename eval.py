@@ -75,7 +75,7 @@ def describe(network: nn.Module, facts: dict) -> str:
     trainable, total = count_parameters(network)
     return (
         f"{type(network).__name__}, {trainable:,} trainable of {total:,} parameters; "
-        f"recipe {facts.get('recipe', '?')}, seed {facts.get('seed', '?')}, {facts.get('epochs', '?')} epochs"
+        f"recipe {facts.get('recipe', '?')}, seed {facts.get('seed', '?')}, {facts.get('epochs', math.nan):g} epochs"
     )
 
 

@@ -44,7 +44,7 @@ class Recipe:
     together: int         # images that share a draw of AutoAugment
     crop: int             # pixels by which an image is shifted at most, a draw a batch and image
     small: float          # share of the steps on shrunken images: half of them 16x16, then as many 24x24
-    epochs: int           # passes through the enlarged set
+    epochs: float         # passes through the enlarged set; the last one may be a part of it
     batch_size: int       # images a step
     lr: float             # the highest learning rate
     vector_lr: float      # with muon, that of all but the convolutions' weights
@@ -60,7 +60,7 @@ class Recipe:
 
     def __post_init__(self):
         fits = (
-            self.epochs > 0 and self.batch_size > 0 and self.together > 0 and self.optimizer in OPTIMIZERS
+            0 < self.epochs < math.inf and self.batch_size > 0 and self.together > 0 and self.optimizer in OPTIMIZERS
             and all(0 < rate < math.inf for rate in (self.lr, self.vector_lr)) and 0 <= self.weight_decay < math.inf
             and all(0 <= share < 1 for share in (self.warmup, self.momentum, self.dropout))
             and all(0 <= share <= 1 for share in (self.small, self.final_lr, self.label_smoothing))
@@ -85,10 +85,12 @@ def muon(network: nn.Module, recipe: Recipe) -> Optimizers:
     gradient by the nearest matrix whose rows are orthogonal, so that all directions are learnt at one rate.
     """
     matrices = [p for name, p in network.named_parameters() if p.ndim == 2 and not name.startswith("classifier")]
+    if not matrices:
+        raise ModelError("muon finds no convolution's weights kept as a matrix: choose another optimizer or network")
     taken = {id(p) for p in matrices}
     return [
         torch.optim.Muon(matrices, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
-                         ns_steps=3),  # five, its default, take twice the time of three
+                         ns_steps=3),  # its iteration's default is five: three are enough for a direction
         sgd([p for p in network.parameters() if id(p) not in taken], recipe.vector_lr, recipe, 0.0),
     ]
 
@@ -113,13 +115,16 @@ RECIPES = {
         compile=True,      # 1.3 times the images per second on two cores: docs/benchmark.txt
     ),
     "fast": Recipe(
+        # chosen on the held-out images, the table is in docs/fast; what it does not name was not tuned
         network="paired 64x3@16 64x4@8",
-        epochs=4, batch_size=128, lr=0.05, vector_lr=0.1, dropout=0.0,
-        crop=2, small=0.3, label_smoothing=0.1, bfloat16=True,
-        max_degrees=15.0, together=16,
-        optimizer="muon", momentum=0.9, weight_decay=0.0, final_lr=0.0,
-        warmup=0.15,
-        compile=False,
+        epochs=3,          # five minutes or less on two cores; more of them reach further
+        batch_size=128,    # 256 is behind in a short run
+        optimizer="muon", lr=0.05, vector_lr=0.1, momentum=0.9, weight_decay=0.0,
+        warmup=0.15, final_lr=0.0,
+        crop=2, small=0.3, label_smoothing=0.1,
+        max_degrees=15.0, together=16,  # draws of AutoAugment cost seconds at the start
+        dropout=0.0,       # after a few passes there is nothing to regularise
+        bfloat16=True, compile=False,   # compiling takes longer than it saves in so short a run
     ),
 }
 
@@ -161,7 +166,7 @@ def rate_share(recipe: Recipe, progress: float) -> float:
 def image_side(recipe: Recipe, progress: float) -> int:
     """The side in pixels of the images that are trained on when a share `progress` of the steps is done.
 
-    Small images first take a quarter of the time and teach nearly as much (fast.ai's progressive resizing, 2018).
+    An image of 16x16 has a quarter of the multiply-adds (fast.ai's progressive resizing, 2018).
     """
     if progress > recipe.small:
         return 32
@@ -180,6 +185,12 @@ def smoothed_loss(log_probabilities: torch.Tensor, labels: torch.Tensor, smoothi
     return loss if smoothing == 0 else (1 - smoothing) * loss - smoothing * log_probabilities.mean()
 
 
+def count_steps(recipe: Recipe, n: int) -> tuple[int, int]:
+    """The steps of one pass through n samples, and those of all `recipe.epochs`, at least one."""
+    steps_a_pass = math.ceil(n / recipe.batch_size)
+    return steps_a_pass, max(1, round(recipe.epochs * steps_a_pass))
+
+
 def train_epoch(
     step_network: Callable[[torch.Tensor], torch.Tensor],
     optimizers: Optimizers,
@@ -188,19 +199,29 @@ def train_epoch(
     epoch: int,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """One pass through `train`; `epoch` counts from 0, `generator` draws order and crops.
+    """One pass through `train`, or as much of it as is left of `recipe.epochs`.
+
+    Args:
+        step_network: the network, or its compiled form.
+        optimizers: of its parameters.
+        train: what to go through.
+        recipe: how.
+        epoch: which pass it is, from 0.
+        generator: draws order and crops.
 
     Returns:
         The mean negative log-likelihood and the accuracy in percent, over the pass, of the batches as they were
         trained on.
     """
-    steps = math.ceil(len(train.images) / recipe.batch_size)
+    steps_a_pass, all_steps = count_steps(recipe, len(train.images))
+    steps = min(steps_a_pass, all_steps - epoch * steps_a_pass)
     device = train.images.device
     # summed on the device: reading a number at every step would make a GPU wait for it
     loss_sum = torch.zeros((), device=device)
     correct = torch.zeros((), device=device, dtype=torch.long)
-    for step, (images, labels) in enumerate(batches(train, recipe.batch_size, generator, recipe.crop)):
-        progress = (epoch * steps + step + 1) / (recipe.epochs * steps)
+    seen = 0
+    for step, (images, labels) in zip(range(steps), batches(train, recipe.batch_size, generator, recipe.crop)):
+        progress = (epoch * steps_a_pass + step + 1) / all_steps
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group.setdefault("highest_lr", group["lr"]) * rate_share(recipe, progress)
         images = shrink(images, image_side(recipe, progress))
@@ -214,9 +235,9 @@ def train_epoch(
             optimizer.step()
         loss_sum += F.nll_loss(log_probabilities.detach(), labels, reduction="sum")  # as it is tested: not smoothed
         correct += (log_probabilities.detach().argmax(dim=1) == labels).sum()
+        seen += len(labels)
         show_progress(step + 1, steps)
-    n = len(train.images)
-    return loss_sum.item() / n, 100 * correct.item() / n
+    return loss_sum.item() / seen, 100 * correct.item() / seen
 
 
 def fit(
@@ -243,7 +264,8 @@ def fit(
             optimizer.load_state_dict(state)
     step_network = torch.compile(network, dynamic=False) if recipe.compile else network
 
-    for epoch in range(epochs_done, recipe.epochs):
+    steps_a_pass, all_steps = count_steps(recipe, len(train.images))
+    for epoch in range(epochs_done, math.ceil(all_steps / steps_a_pass)):
         start = time.perf_counter()
         torch.manual_seed(seed * 10_000 + epoch)  # for dropout, on every device
         generator = torch.Generator().manual_seed(seed * 10_000 + epoch)
@@ -251,7 +273,7 @@ def fit(
         train_loss, train_accuracy = train_epoch(step_network, optimizers, train, recipe, epoch, generator)
         test_accuracy, test_loss = evaluate(network, test)
         row = {
-            "epoch": epoch + 1,
+            "epoch": min(epoch + 1, recipe.epochs),
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
             "test_loss": test_loss,
@@ -274,7 +296,7 @@ TABLE_HEAD = "epoch  train loss  train acc  {0} loss  {0} acc        lr  seconds
 def table_line(row: dict, epochs: int) -> str:
     left = round(row["seconds"] * (epochs - row["epoch"]))
     return (
-        f"{row['epoch']:5}  {row['train_loss']:10.4f}  {row['train_accuracy']:8.2f}%  {row['test_loss']:9.4f}"
+        f"{row['epoch']:5g}  {row['train_loss']:10.4f}  {row['train_accuracy']:8.2f}%  {row['test_loss']:9.4f}"
         f"  {row['test_accuracy']:7.2f}%  {row['lr']:8.5f}  {row['seconds']:7.1f}"
         f"  {left // 3600:3}:{left // 60 % 60:02}:{left % 60:02}"
     )
@@ -363,7 +385,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="the weights (default: weights.pkl; with --validate, weights.pkl in the run's directory)")
     add("--run-dir", type=Path, metavar="DIR",
         help="log, graphs and checkpoint (default: runs/RECIPE-seedSEED, and -validate behind it with --validate)")
-    add("--epochs", type=positive(int), metavar="N", help=f"the schedule is stretched to them (default: {recipes})")
+    add("--epochs", type=positive(float), metavar="N",
+        help=f"passes through the enlarged set, 0.5 for half of one; the schedule stretches (default: {recipes})")
     add("--batch-size", type=positive(int), metavar="N", help="images a step (default: the recipe's)")
     add("--lr", type=positive(float), metavar="X", help="the highest learning rate (default: the recipe's)")
     add("--set", type=recipe_value, action="append", default=[], metavar="NAME=VALUE", dest="values",
@@ -476,7 +499,7 @@ def run(args: argparse.Namespace) -> int:
     with replacing(run_dir / "result.json") as part:
         part.write_text(json.dumps(result, indent=2) + "\n")
     plot_run(run_dir)
-    print(f"{accuracy:.2f} % of the {measured} images after {recipe.epochs} epochs and {seconds / 60:.1f} minutes; "
+    print(f"{accuracy:.2f} % of the {measured} images after {recipe.epochs:g} epochs and {seconds / 60:.1f} minutes; "
           f"the weights are in {out}")
     if replaced:
         print(f"They took the place of {replaced}. To have the repository's back: git checkout {out}")

@@ -107,7 +107,7 @@ def plain_epoch(recipe: Recipe, data_dir: str) -> float:
     return time.perf_counter() - start
 
 
-def trainings(recipe: str, epochs: list[int], seeds: int, data_dir: str, folder: Path) -> list[dict]:
+def trainings(recipe: str, epochs: list[float], seeds: int, data_dir: str, folder: Path) -> list[dict]:
     """Train `recipe` for each number of epochs, and with each seed for the recipe's own number.
 
     Each run leaves its log, result.json and weights in a directory of its own under `folder`.
@@ -119,7 +119,7 @@ def trainings(recipe: str, epochs: list[int], seeds: int, data_dir: str, folder:
     rows = []
     for n in epochs:
         for seed in range(seeds if n == RECIPES[recipe].epochs else 1):
-            run_dir = folder / f"{recipe}-epochs{n}-seed{seed}"
+            run_dir = folder / f"epochs{n:g}-seed{seed}"
             shutil.rmtree(run_dir, ignore_errors=True)
             start = time.time()
             _, memory = command(
@@ -129,7 +129,7 @@ def trainings(recipe: str, epochs: list[int], seeds: int, data_dir: str, folder:
             seconds = (run_dir / "weights.pkl").stat().st_mtime - start
             rows.append({"epochs": n, "seed": seed, "accuracy": result["accuracy"], "seconds": round(seconds, 1),
                          "memory_gb": round(memory, 2)})
-            print(f"  {n:3} epochs, seed {seed}: {result['accuracy']:.2f} % in {seconds:.0f} s, {memory:.2f} GB",
+            print(f"  {n:4g} epochs, seed {seed}: {result['accuracy']:.2f} % in {seconds:.0f} s, {memory:.2f} GB",
                   flush=True)
     return rows
 
@@ -146,7 +146,7 @@ def plot_curve(rows: list[dict], path: Path) -> None:
              title="CIFAR-10: python train.py --epochs N")
     for row in rows:
         if row["seed"] == 0:
-            axes.annotate(f"N = {row['epochs']}", (row["seconds"] / 60, row["accuracy"]), xytext=(6, -10),
+            axes.annotate(f"N = {row['epochs']:g}", (row["seconds"] / 60, row["accuracy"]), xytext=(6, -10),
                           textcoords="offset points", fontsize=9)
     ticks = [1, 2, 5, 10, 20, 50, 100]
     axes.set_xticks(ticks, ticks)
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default=default_data_dir(), help="where CIFAR-10 is (now %(default)s)")
     parser.add_argument("--rounds", type=int, default=25, help="steps timed of each kind (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 2, 4, 16, 64], metavar="N",
+    parser.add_argument("--epochs", type=float, nargs="+", default=[0.9, 1.6, 3, 12, 48], metavar="N",
                         help="train recipe fast for these (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="of fast with its own epochs (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"),
@@ -194,7 +194,7 @@ def main() -> None:
             runs = [row for row in rows if row["epochs"] == n]
             accuracies = [row["accuracy"] for row in runs]
             seconds = max(row["seconds"] for row in runs)
-            print(f"  {n:3} epochs: at most {seconds:5.0f} s = R/{whole / seconds:.1f}, "
+            print(f"  {n:4g} epochs: at most {seconds:5.0f} s = R/{whole / seconds:.1f}, "
                   f"{statistics.mean(accuracies):.2f} % "
                   f"(mean of {len(runs)}, {min(accuracies):.2f} to {max(accuracies):.2f})")
 

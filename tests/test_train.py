@@ -165,6 +165,13 @@ def test_resume_without_a_checkpoint(dataset, tmp_path, capsys):
     assert "there is no file" in capsys.readouterr().err
 
 
+def test_a_part_of_a_pass(dataset, tmp_path):
+    assert train_with(tmp_path, dataset, "--epochs", "1.5") == 0
+    assert [(row["epoch"], float(row["lr"])) for row in rows_of(tmp_path)][1] == ("1.5", 0.0)
+    assert train_with(tmp_path, dataset, "--epochs", "0.01") == 0  # less than a step: one step
+    assert [row["epoch"] for row in rows_of(tmp_path)] == ["0.01"]
+
+
 def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
     fast = ["--recipe", "fast", "--epochs", "2", "--lr", "0.02"]
     assert train_with(tmp_path / "whole", dataset, *fast) == 0
@@ -192,7 +199,7 @@ def test_replaced_weights_are_named(finished, dataset, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, difference", [
-    (["--epochs", "4"], "epochs 3 there, 4 here"),
+    (["--epochs", "4"], "epochs 3.0 there, 4.0 here"),
     (["--epochs", "3", "--seed", "1"], "seed 0 there, 1 here"),
     (["--epochs", "3", "--set", "dropout=0"], "dropout 0.2 there, 0.0 here"),
     (["--epochs", "3", "--validate"], "validate False there, True here"),
@@ -271,6 +278,8 @@ def test_optimizers(optimizer, dataset, tmp_path):
     (["--set", "epochs=0"], "one of them is out of range"),
     (["--seed", "-1"], "-1 is not between 0 and"),
     (["--recipe", "none"], "invalid choice: 'none'"),
+    (["--set", "optimizer=muon"], "choose another optimizer or network"),
+    (["--set", "network=paired 64x1@8"], "is no stage"),
 ])
 def test_bad_options(options, message, dataset, tmp_path, capsys):
     try:
