@@ -112,7 +112,7 @@ RECIPES = {
         # AdamW was ahead of SGD after two epochs and has not been tried for twenty, see the README.
         optimizer="sgd", momentum=0.9, weight_decay=5e-4, final_lr=0.0, vector_lr=0.03,
         warmup=0.1,        # usual; not tuned
-        compile=True,      # 1.3 times the images per second on two cores: docs/benchmark.txt
+        compile=True,      # 1.4 times the images per second on two cores: docs/benchmark.txt
     ),
     "fast": Recipe(
         # chosen on the held-out images, the table is in docs/fast; what it does not name was not tuned

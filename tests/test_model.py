@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_arrays
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from data import normalize
@@ -20,6 +21,7 @@ from model import (
     load_weights,
     save_weights,
 )
+from train import RECIPES
 
 NETWORKS = ["report", "paired 64x2@16 96x1@8", "paired 32x1@32 64x1@16"]
 
@@ -51,6 +53,15 @@ def test_report_network_parameters():
     by_hand = sum(9 * i * o + o + 2 * o for i, o, _ in REPORT_CONVOLUTIONS) + 960 * 10 + 10
     assert by_hand == 47_410
     assert count_parameters(build_network("report")) == (by_hand, by_hand)
+
+
+@pytest.mark.parametrize("side, millions", [(32, 14.4), (16, 3.6)])
+def test_fast_has_the_parameters_and_multiply_adds_that_the_readme_states(side, millions):
+    network = build_network(RECIPES["fast"].network).eval()
+    assert count_parameters(network) == (49_418, 49_418)
+    with FlopCounterMode(display=False) as counter:
+        network(torch.randn(1, 3, side, side))
+    assert counter.get_total_flops() / 2e6 == pytest.approx(millions, abs=0.05)
 
 
 def test_frozen_parameters_count_too():
