@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,12 @@ def finished(dataset, tmp_path_factory):
 
 def copy_of(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "copy")
+
+
+def assert_same_runs(a, b) -> None:
+    assert rows_of(a) == rows_of(b)
+    states = [load_weights(folder / "weights.pkl")[0].state_dict() for folder in (a, b)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 # --- a run ------------------------------------------------------------------------------------
@@ -135,9 +142,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, dataset, tmp_path):
     process.wait()
     assert len(rows_of(tmp_path)) < 3 and not (tmp_path / "weights.pkl").exists()
     assert train_with(tmp_path, dataset, "--epochs", "3", "--resume") == 0
-    assert rows_of(tmp_path) == rows_of(finished)
-    uninterrupted, resumed = (load_weights(folder / "weights.pkl")[0].state_dict() for folder in (finished, tmp_path))
-    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    assert_same_runs(finished, tmp_path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends the signal of Ctrl-C")
@@ -155,9 +160,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, dataset, tmp_path):
     (folder / "weights.pkl").unlink()
     (folder / "metrics.csv").unlink()  # as after a kill between the last checkpoint and the log
     assert train_with(folder, dataset, "--epochs", "3", "--resume") == 0
-    assert rows_of(folder) == rows_of(finished)
-    states = [load_weights(f / "weights.pkl")[0].state_dict() for f in (folder, finished)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert_same_runs(folder, finished)
 
 
 def test_resume_without_a_checkpoint(dataset, tmp_path, capsys):
@@ -172,10 +175,11 @@ def test_a_part_of_a_pass(dataset, tmp_path):
     assert [row["epoch"] for row in rows_of(tmp_path)] == ["0.01"]
 
 
-def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
-    fast = ["--recipe", "fast", "--epochs", "2", "--lr", "0.02"]
-    assert train_with(tmp_path / "whole", dataset, *fast) == 0
-    assert float(rows_of(tmp_path / "whole")[-1]["test_accuracy"]) > 60  # ten classes: chance is 10
+def whole_and_in_parts(dataset, folder, monkeypatch, *options: str) -> tuple[Path, Path]:
+    """The directories of a run of two epochs, and of one that was stopped behind the first and resumed."""
+    whole, parts = folder / "whole", folder / "parts"
+    options = ("--epochs", "2", *options)
+    assert train_with(whole, dataset, *options) == 0
     save = train.write_csv
 
     def interrupted(path, rows):
@@ -184,9 +188,16 @@ def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "write_csv", interrupted)
-        assert train_with(tmp_path / "parts", dataset, *fast) == 130
-    assert train_with(tmp_path / "parts", dataset, *fast, "--resume") == 0
-    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+        assert train_with(parts, dataset, *options) == 130
+    assert len(rows_of(parts)) == 1
+    assert train_with(parts, dataset, *options, "--resume") == 0
+    return whole, parts
+
+
+def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
+    whole, parts = whole_and_in_parts(dataset, tmp_path, monkeypatch, "--recipe", "fast", "--lr", "0.02")
+    assert float(rows_of(whole)[-1]["test_accuracy"]) > 60  # ten classes: chance is 10
+    assert_same_runs(whole, parts)
 
 
 def test_replaced_weights_are_named(finished, dataset, tmp_path, capsys):
@@ -317,22 +328,7 @@ def compiler():
 
 
 def test_compiled_run_resumes_too(compiler, dataset, tmp_path, monkeypatch):
-    compiled = ["--epochs", "2", "--set", "compile=True"]
-    assert train_with(tmp_path / "whole", dataset, *compiled) == 0
-    save = train.write_csv
-
-    def interrupted(path, rows):
-        save(path, rows)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "write_csv", interrupted)
-        assert train_with(tmp_path / "parts", dataset, *compiled) == 130
-    assert len(rows_of(tmp_path / "parts")) == 1
-    assert train_with(tmp_path / "parts", dataset, *compiled, "--resume") == 0
-    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
-    whole, parts = (load_weights(tmp_path / name / "weights.pkl")[0].state_dict() for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert_same_runs(*whole_and_in_parts(dataset, tmp_path, monkeypatch, "--set", "compile=True"))
 
 
 def test_compiled_network_computes_the_same(compiler):
