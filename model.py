@@ -130,8 +130,8 @@ class PairedConv(nn.Module):
         kernel, options, norm = self.kernel(), self.options, self.norm
         channels_out, channels_in = kernel.shape[0], kernel.shape[1] * options["groups"]
         convolution = nn.Conv2d(channels_in, channels_out, self.size, **options, device=kernel.device)
-        pair = [t.repeat(2) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
-        mean, variance, weight, bias = pair
+        mean, variance, weight, bias = (
+            t.repeat(2) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
             kernel, None, mean, variance, norm.eps, weight, bias)
         return nn.Sequential(convolution, nn.ReLU(inplace=True)) if self.relu else convolution

@@ -123,8 +123,8 @@ RECIPES = {
         warmup=0.15, final_lr=0.0,
         crop=2, small=0.3, label_smoothing=0.1,
         max_degrees=15.0, together=16,  # draws of AutoAugment cost seconds at the start
-        dropout=0.0,       # after a few passes there is nothing to regularise
-        bfloat16=True, compile=False,   # compiling takes longer than it saves in so short a run
+        dropout=0.0,
+        bfloat16=True, compile=False,   # compiling takes a good part of so short a run
     ),
 }
 
@@ -250,8 +250,7 @@ def fit(
 ) -> Iterator[tuple[dict, dict]]:
     """Train `network` and yield, after each epoch, its row of figures and what a checkpoint must hold.
 
-    `checkpoint` is empty, or holds that of the epoch to go on from. `network` ends with the
-    weights that the last row's test figures are of.
+    `checkpoint` is empty, or holds that of the epoch to go on from.
 
     Every random number of an epoch follows from `seed` and the epoch's number, so a run that goes
     on from a checkpoint draws what the uninterrupted run would have drawn.
