@@ -2,6 +2,8 @@
 
     python eval.py                               accuracy of weights.pkl, class by class
     python eval.py --confusion confusion.png     and the confusion matrix as a graph
+    python eval.py --full                        and how sure, how well calibrated, how robust
+    python eval.py --tta                         and the accuracy with ten views of each image
     python eval.py --image cat.jpg ship.png      the three likeliest classes of any picture
 
 Exit status: 0 when the accuracy reaches --min-accuracy, 1 when it does not, 2 for an error.
@@ -19,7 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import CLASSES, DataError, Split, batches, default_data_dir, load_cifar10, read_picture, replacing
+from data import (
+    CLASSES,
+    DataError,
+    Split,
+    batches,
+    corruptions,
+    default_data_dir,
+    load_cifar10,
+    read_picture,
+    replacing,
+)
 from model import ModelError, count_parameters, fold_batch_norm, load_weights
 
 BATCH_SIZE = 100  # a layer's output stays in the cache; train.py measures with it too, so both give the same digits
@@ -44,6 +56,47 @@ def accuracy_and_loss(log_probabilities: torch.Tensor, labels: torch.Tensor) -> 
 def evaluate(network: nn.Module, split: Split) -> tuple[float, float]:
     """The accuracy in percent and the mean negative log-likelihood of `network` on `split`."""
     return accuracy_and_loss(infer(network, split), split.labels)
+
+
+def confidence_interval(accuracy: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval, in percent, for an accuracy in percent that was measured on n images."""
+    p, z = accuracy / 100, 1.96
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return 100 * (centre - half), 100 * (centre + half)
+
+
+def calibration_error(log_probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
+    """The expected calibration error in percent: by how much confidence and accuracy differ (arXiv 1706.04599).
+
+    The images are binned by their likeliest class's probability; each bin counts by its number of images.
+    """
+    confidence, guess = log_probabilities.exp().max(dim=1)
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    excess = torch.zeros(bins, device=labels.device).index_add_(0, bin_of, confidence - (guess == labels).float())
+    return 100 * excess.abs().sum().item() / len(labels)
+
+
+def augmented_infer(network: nn.Module, split: Split, batch_size: int = BATCH_SIZE) -> torch.Tensor:
+    """Test-time augmentation: log-probabilities (N, 10) of each image's mean over ten views.
+
+    The image, and it shifted by one pixel along both diagonals; each as it is and mirrored.
+    """
+    padded = F.pad(split.images, (0, 0, 1, 1, 1, 1))
+    shifted = [padded[:, row : row + 32, column : column + 32]
+               for row, column in ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))]
+    views = shifted + [images.flip(2) for images in shifted]
+    probabilities = [infer(network, Split(images, split.labels), batch_size).exp() for images in views]
+    return torch.stack(probabilities).mean(dim=0).log()
+
+
+def robustness(network: nn.Module, split: Split, batch_size: int = BATCH_SIZE) -> dict[str, float]:
+    """The accuracy in percent under each of data.corruptions."""
+    accuracies = {}
+    for name, spoil in corruptions().items():
+        spoilt = Split(spoil(split.images.cpu()).to(split.images.device), split.labels)
+        accuracies[name], _ = accuracy_and_loss(infer(network, spoilt, batch_size), split.labels)
+    return accuracies
 
 
 def confusion_matrix(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -171,6 +224,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="the bar for exit status 0 (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object instead of the report (default: off)")
     add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix there (default: not drawn)")
+    add("--full", action="store_true",
+        help="also the accuracy's 95 %% interval, calibration, accuracy on spoilt images (default: off)")
+    add("--tta", action="store_true",
+        help="also the accuracy of ten views of each image, shifted and mirrored (default: off)")
     add("--image", nargs="+", metavar="FILE", help="classify these pictures; needs no data set (default: none)")
     return parser
 
@@ -207,6 +264,13 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     confusion = confusion_matrix(log_probabilities, test.labels)
     passed = accuracy >= args.min_accuracy
+    more = {}
+    if args.full:
+        more["interval"] = confidence_interval(accuracy, len(test.labels))
+        more["calibration_error"] = calibration_error(log_probabilities, test.labels)
+        more["corrupted"] = robustness(network, test, args.batch_size)
+    if args.tta:
+        more["tta_accuracy"], _ = accuracy_and_loss(augmented_infer(network, test, args.batch_size), test.labels)
     if args.confusion:
         plot_confusion(confusion, f"CIFAR-10 test set: {accuracy:.2f} %", args.confusion)
     if args.json:
@@ -216,7 +280,7 @@ def run(args: argparse.Namespace) -> int:
             "network": type(network).__name__, "parameters": total, "trainable": trainable, "trained": facts,
             "images": len(test.labels), "accuracy": accuracy, "loss": loss,
             "precision": dict(zip(CLASSES, precision)), "recall": dict(zip(CLASSES, recall)),
-            "images_per_second": len(test.labels) / seconds, "passed": passed,
+            "images_per_second": len(test.labels) / seconds, "passed": passed, **more,
         }, default=str))
         return 0 if passed else 1
 
@@ -226,6 +290,14 @@ def run(args: argparse.Namespace) -> int:
     print(class_table(confusion) + "\n")
     for count, name, guess in frequent_confusions(confusion):
         print(f"{count:5} times {name} was taken for {guess}")
+    if args.full:
+        low, high = more["interval"]
+        print(f"\n95 % interval of the accuracy    {low:.2f} to {high:.2f} %")
+        print(f"expected calibration error      {more['calibration_error']:6.2f} %")
+        for name, percent in more["corrupted"].items():
+            print(f"accuracy under {name:16} {percent:6.2f} %")
+    if args.tta:
+        print(f"\nwith test-time augmentation, ten views an image: {more['tta_accuracy']:.2f} %")
     print(f"\n{'PASSED' if passed else 'FAILED'}: {accuracy:.2f} % is "
           f"{'at least' if passed else 'below'} the bar of {args.min_accuracy:g} %")
     return 0 if passed else 1

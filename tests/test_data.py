@@ -244,12 +244,14 @@ def test_no_network(tmp_path, monkeypatch):
 
 def test_enlarged_set():
     split = split_of(60)
+    original = split.images.clone()
     enlarged = enlarge(split, 0, 15.0)
+    assert split.images.data_ptr() == enlarged.images.data_ptr()  # the memory is not needed twice
     assert enlarged.images.shape == (180, 32, 32, 3) and enlarged.images.dtype == torch.uint8
-    assert torch.equal(enlarged.images[:60], split.images)
+    assert torch.equal(enlarged.images[:60], original)
     assert torch.equal(enlarged.labels, split.labels.repeat(3))
     for form in (enlarged.images[60:120], enlarged.images[120:]):
-        changed = (form != split.images).flatten(1).any(dim=1)
+        changed = (form != original).flatten(1).any(dim=1)
         assert changed.float().mean() > 0.5  # some of AutoAugment's policies leave an image as it is
 
 
@@ -376,3 +378,25 @@ def test_normalisation_constants(real_data):
     pixels = train_split.images.view(-1, 3).double() / 255
     assert pixels.mean(dim=0).tolist() == pytest.approx(data.MEAN, abs=5e-5)
     assert pixels.std(dim=0).tolist() == pytest.approx(data.STD, abs=1e-4)
+
+
+# --- spoilt images ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", data.corruptions())
+def test_corruptions_change_images_a_little(name):
+    images = split_of(6).images
+    spoil = data.corruptions()[name]
+    spoilt = spoil(images)
+    assert spoilt.shape == images.shape and spoilt.dtype == torch.uint8 and torch.equal(spoilt, spoil(images))
+    change = (spoilt.float() - images.float()).abs().mean()
+    assert 1 < change < 60
+    if name == "contrast":
+        before, after = (x.float().std(dim=(1, 2)) for x in (images, spoilt))
+        assert torch.allclose(after, 0.4 * before, rtol=0.05)
+    if name == "gaussian blur":
+        dot = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+        dot[0, 16, 16] = 255
+        assert spoil(dot)[0, 16, 16, 0].item() == pytest.approx(255 * 0.57**2, abs=3)  # e**0 / sum(e**(-x*x/0.98))
+    if name == "gaussian noise":
+        assert (spoilt.float() - images.float()).std().item() == pytest.approx(0.08 * 255, rel=0.1)

@@ -31,6 +31,73 @@ def test_figures_by_hand():
     assert eval.frequent_confusions(confusion) == [(1, "bird", "airplane"), (1, "airplane", "automobile")]
 
 
+def test_interval_by_hand():
+    low, high = eval.confidence_interval(90.0, 100)  # the textbook's Wilson interval for 90 of 100
+    assert (low, high) == (pytest.approx(82.56, abs=0.01), pytest.approx(94.48, abs=0.01))
+    assert eval.confidence_interval(100.0, 10)[1] == pytest.approx(100)
+    assert eval.confidence_interval(0.0, 10)[0] == pytest.approx(0)
+
+
+def test_calibration_by_hand():
+    def certain(shares: list[float], labels: list[int]) -> float:
+        rest = [[(1 - share) / 9] * 9 for share in shares]
+        probabilities = torch.tensor([[share, *others] for share, others in zip(shares, rest)])
+        return eval.calibration_error(probabilities.log(), torch.tensor(labels))
+
+    assert certain([0.75] * 4, [0, 0, 0, 5]) == pytest.approx(0, abs=1e-4)
+    assert certain([0.75] * 4, [0, 0, 0, 0]) == pytest.approx(25, abs=1e-4)
+    # two bins: too sure by 50 points for four images, too unsure by 40 for two
+    assert certain([1.0] * 4 + [0.6] * 2, [0, 0, 1, 1, 0, 0]) == pytest.approx((4 * 50 + 2 * 40) / 6, abs=1e-4)
+
+
+def test_full_and_tta(dataset, weights, capsys):
+    command = ["--weights", str(weights), "--data-dir", str(dataset), "--full", "--tta"]
+    eval.main(command)
+    report = capsys.readouterr().out
+    eval.main([*command, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    low, high = result["interval"]
+    assert low < result["accuracy"] < high and f"{low:.2f} to {high:.2f} %" in report
+    assert set(result["corrupted"]) == set(data.corruptions())
+    figures = [result["calibration_error"], result["tta_accuracy"], *result["corrupted"].values()]
+    assert all(0 <= figure <= 100 and f"{figure:.2f} %" in report for figure in figures)
+    assert report.index("test images: accuracy") < report.index("with test-time augmentation, ten views")
+
+
+def test_test_time_augmentation_averages_shifts_and_mirrors():
+    seen = []
+
+    class WhereIsTheDot(torch.nn.Module):
+        """The probability of class 0 is 0.7 for the first view, 0.5 for the others."""
+
+        def forward(self, images):
+            seen.append(divmod(images[0, 0].argmax().item(), 32))
+            share = 0.7 if len(seen) == 1 else 0.5
+            return torch.tensor([[share, 1 - share]]).log()
+
+    image = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    image[0, 16, 10] = 255
+    split = data.Split(image, torch.zeros(1, dtype=torch.long))
+    probability = eval.augmented_infer(WhereIsTheDot(), split).exp()[0, 0].item()
+    shifted = [(16, 10), (17, 11), (17, 9), (15, 11), (15, 9)]
+    assert sorted(seen) == sorted(shifted + [(row, 31 - column) for row, column in shifted])
+    assert probability == pytest.approx((0.7 + 9 * 0.5) / 10)
+
+
+def test_robustness_is_measured_on_the_spoilt_images(monkeypatch):
+    class Bright(torch.nn.Module):
+        """Class 1 for bright images, class 0 for dark ones."""
+
+        def forward(self, images):
+            bright = images.mean(dim=(1, 2, 3)) > 0
+            return torch.stack([~bright, bright], dim=1).float().clamp(0.1, 0.9).log()
+
+    monkeypatch.setattr(eval, "corruptions", lambda: {"black": torch.zeros_like, "none": torch.clone})
+    images = torch.full((4, 32, 32, 3), 255, dtype=torch.uint8)
+    split = data.Split(images, torch.tensor([1, 1, 1, 0]))
+    assert eval.robustness(Bright(), split) == {"black": 25.0, "none": 75.0}
+
+
 def test_report_and_exit_status(dataset, weights, tmp_path, capsys):
     command = ["--weights", str(weights), "--data-dir", str(dataset)]
     assert eval.main([*command, "--min-accuracy", "99.9"]) == 1
