@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data import replacing
 
@@ -77,7 +77,7 @@ class ReportNet(nn.Module):
 
 
 class PairedConv(nn.Module):
-    """Mirror-paired convolution, batch norm and, if wanted, ReLU: (N, C_in, H, W) -> (N, C_out, H', W').
+    """Mirror-paired convolution without bias: (N, C_in, H, W) -> (N, C_out, H', W').
 
     A layer's channels are two halves [a | b], and b is what a would be in the mirrored image. Half
     of the filters are free parameters; the other half are the same filters mirrored left to right,
@@ -92,20 +92,16 @@ class PairedConv(nn.Module):
         stride: the padding leaves H / stride rows. For a mirror-symmetric layer `size` is odd
             with stride 1, even with stride 2.
         groups: 1, or an even number: then no group mixes the two halves.
-        relu: whether ReLU follows the norm.
     """
 
-    def __init__(
-        self, channels_in: int, channels_out: int, size: int, stride: int = 1, groups: int = 1, relu: bool = True
-    ):
+    def __init__(self, channels_in: int, channels_out: int, size: int, stride: int = 1, groups: int = 1):
         super().__init__()
-        self.size, self.relu = size, relu
+        self.size = size
         self.options = {"stride": stride, "padding": (size - stride + 1) // 2, "groups": groups}
         self.exchanges = channels_in != 3 and groups == 1  # else a half, or the image, feeds each filter alone
         fan_in = channels_in // groups * size**2
         # two-dimensional, a row for each free filter: the form that torch.optim.Muon takes
         self.weight = nn.Parameter(torch.randn(channels_out // 2, fan_in) * (2 / fan_in) ** 0.5)
-        self.norm = nn.BatchNorm2d(channels_out // 2)  # a pair shares it
 
     def kernel(self) -> torch.Tensor:
         """The weights (C_out, C_in / groups, size, size) of the whole layer."""
@@ -116,41 +112,58 @@ class PairedConv(nn.Module):
         return torch.cat([free, mirrored]).contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.conv2d(x, self.kernel(), **self.options)
+        return F.conv2d(x, self.kernel(), **self.options)
+
+    def unpaired(self) -> nn.Conv2d:
+        """The same layer as an ordinary convolution, its kernel built once."""
+        kernel, groups = self.kernel().detach(), self.options["groups"]
+        layer = nn.Conv2d(groups * kernel.shape[1], kernel.shape[0], self.size, bias=False, **self.options)
+        layer.weight = nn.Parameter(kernel)
+        return layer.eval()
+
+
+class PairedNormReLU(nn.Module):
+    """Batch norm, its statistics and weights shared within each pair, and ReLU: (N, C, H, W) -> the same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels // 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, c, h, w = x.shape
         # in channels_last memory the two halves lie side by side: half the channels at twice the width
         x = x.permute(0, 2, 3, 1).reshape(n, h, 2 * w, c // 2).permute(0, 3, 1, 2)
-        x = self.norm(x)
-        if self.relu:
-            x = F.relu(x, inplace=True)
+        x = F.relu(self.norm(x), inplace=True)
         return x.permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
-    def folded(self) -> nn.Module:
-        """The same layer for inference: one ordinary convolution that holds pairs and norm."""
-        kernel, options, norm = self.kernel(), self.options, self.norm
-        channels_out, channels_in = kernel.shape[0], kernel.shape[1] * options["groups"]
-        convolution = nn.Conv2d(channels_in, channels_out, self.size, **options, device=kernel.device)
-        mean, variance, weight, bias = (
-            t.repeat(2) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
-        convolution.weight, convolution.bias = fuse_conv_bn_weights(
-            kernel, None, mean, variance, norm.eps, weight, bias)
-        return nn.Sequential(convolution, nn.ReLU(inplace=True)) if self.relu else convolution
+    def unpaired(self) -> nn.BatchNorm2d:
+        """The same norm over all channels, for inference; without the ReLU."""
+        norm = copy.deepcopy(self.norm)
+        for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            values.data = values.data.repeat(2)
+        return norm
 
 
 GROUP_WIDTH = 16  # channels in each group of a 3x3 layer
 
 
 class PairedBlock(nn.Module):
-    """Residual block (N, width, H, W) -> the same: a grouped 3x3 layer looks around, a 1x1 layer mixes the channels."""
+    """Residual block (N, width, H, W) -> the same: a grouped 3x3 layer looks around, a 1x1 layer mixes the channels.
+
+    One norm, between the two, and nothing on the way around them (as in He et al. 2016, arXiv 1603.05027).
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.space = PairedConv(width, width, 3, groups=width // GROUP_WIDTH)
-        self.mix = PairedConv(width, width, 1, relu=False)
-        nn.init.zeros_(self.mix.norm.weight)  # starts as the identity (Goyal et al. 2017, arXiv 1706.02677)
+        self.layers = nn.Sequential(
+            PairedConv(width, width, 3, groups=width // GROUP_WIDTH),
+            PairedNormReLU(width),
+            PairedConv(width, width, 1),
+        )
+        nn.init.zeros_(self.layers[-1].weight)  # starts as the identity (Goyal et al. 2017, arXiv 1706.02677)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(x + self.mix(self.space(x)), inplace=True)
+        return x + self.layers(x)
 
 
 class PairedNet(nn.Module):
@@ -179,16 +192,17 @@ class PairedNet(nn.Module):
                     f"64x3@16, the width a multiple of {2 * GROUP_WIDTH}, the side 32 or 16 at first and then half"
                 )
             if not layers:  # the stem, which halves the image if the first stage is at 16x16
-                layers.append(PairedConv(3, new_width, 4, stride=2) if shrinks else PairedConv(3, new_width, 3))
+                stem = PairedConv(3, new_width, 4, stride=2) if shrinks else PairedConv(3, new_width, 3)
+                layers += [stem, PairedNormReLU(new_width)]
             else:
                 layers.append(nn.AvgPool2d(2))
                 if new_width != width:
-                    layers.append(PairedConv(width, new_width, 1))
+                    layers += [PairedConv(width, new_width, 1), PairedNormReLU(new_width)]
             width, side = new_width, new_side
             layers += [PairedBlock(width) for _ in range(blocks)]
         if not layers:
             raise ModelError("a paired network needs stages: give some behind its name, as in 'paired 64x3@16 64x4@8'")
-        self.features = nn.Sequential(*layers)
+        self.features = nn.Sequential(*layers, PairedNormReLU(width))
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width // 2, 10)
 
@@ -237,21 +251,21 @@ def build_network(name: str, **options) -> nn.Module:
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy for inference, each batch norm folded into the convolution in front of it.
+    """A copy for inference, each batch norm folded into the convolution in front of it, where there is one.
 
     In inference a batch norm is one multiplication and one addition per channel, which the
     convolution's weight and bias can carry. The outputs agree up to rounding.
     """
     folded = copy.deepcopy(network).eval()
-    for module in list(folded.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, PairedConv):
-                setattr(module, name, child.folded())
-    for container in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
-        for i in range(len(container) - 1):
-            if isinstance(container[i], nn.Conv2d) and isinstance(container[i + 1], nn.BatchNorm2d):
-                container[i] = fuse_conv_bn_eval(container[i], container[i + 1])
-                container[i + 1] = nn.Identity()
+    for layers in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
+        for i in range(len(layers)):
+            before = layers[i - 1] if i else None
+            if isinstance(layers[i], PairedConv):
+                layers[i] = layers[i].unpaired()
+            elif isinstance(layers[i], nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+                layers[i - 1], layers[i] = fuse_conv_bn_eval(before, layers[i]), nn.Identity()
+            elif isinstance(layers[i], PairedNormReLU) and isinstance(before, nn.Conv2d):
+                layers[i - 1], layers[i] = fuse_conv_bn_eval(before, layers[i].unpaired()), nn.ReLU(inplace=True)
     return folded
 
 
