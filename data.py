@@ -274,29 +274,43 @@ def enlarge(split: Split, seed: int, max_degrees: float, together: int = 1) -> S
 
     Args:
         split: N images, which become a view of the result's first.
-        seed: of the angles and of AutoAugment's draws.
-        max_degrees: the angles are uniform between -max_degrees and max_degrees, a draw an image.
-        together: images that share a draw of AutoAugment, see `auto_augment`.
+        seed, max_degrees, together: as in `redraw`.
     """
     n = len(split.images)
     images = torch.empty((3 * n, *split.images.shape[1:]), dtype=torch.uint8)  # once: torch.cat would need it twice
     images[:n] = split.images
     split.images.set_(images[:n])  # the same values; their old 154 MB are free for what comes, if no one shares them
-    images[n : 2 * n] = mirror_and_rotate(split.images, max_degrees, torch.Generator().manual_seed(seed))
-    auto_augment(split.images, seed, together, out=images[2 * n :])
-    return Split(images, split.labels.repeat(3))
+    enlarged = Split(images, split.labels.repeat(3))
+    redraw(enlarged, seed, max_degrees, together)
+    return enlarged
 
 
-def mirror_and_rotate(images: torch.Tensor, max_degrees: float, generator: torch.Generator) -> torch.Tensor:
+def redraw(enlarged: Split, seed: int, max_degrees: float, together: int = 1) -> None:
+    """Draw the second and the third form of every image anew, in place.
+
+    Args:
+        enlarged: what `enlarge` returned.
+        seed: of the angles and of AutoAugment's draws.
+        max_degrees: the angles are uniform between -max_degrees and max_degrees, a draw an image.
+        together: images that share a draw of AutoAugment, see `auto_augment`.
+    """
+    plain, turned, augmented = enlarged.images.chunk(3)
+    mirror_and_rotate(plain, max_degrees, torch.Generator().manual_seed(seed), out=turned)
+    auto_augment(plain, seed, together, out=augmented)
+
+
+def mirror_and_rotate(
+    images: torch.Tensor, max_degrees: float, generator: torch.Generator, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Each image mirrored left to right, then turned by its own angle, its borders reflected.
 
-    uint8 (N, 32, 32, 3) -> the same. Bilinear; reflected borders leave no black corners.
+    uint8 (N, 32, 32, 3) -> the same, or into `out`. Bilinear; reflected borders leave no black corners.
     """
-    turned = torch.empty_like(images)
+    turned = torch.empty_like(images) if out is None else out
     for start in range(0, len(images), 1000):  # 1,000 images at a time need 50 MB as floats
         chunk = images[start : start + 1000].permute(0, 3, 1, 2).float()
-        radians = torch.deg2rad((torch.rand(len(chunk), generator=generator) * 2 - 1) * max_degrees)
-        cos, sin, zero = radians.cos(), radians.sin(), torch.zeros(len(chunk))
+        radians = torch.deg2rad((torch.rand(len(chunk), generator=generator).to(chunk.device) * 2 - 1) * max_degrees)
+        cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
         # rows of the map from output to input coordinates, both -1..1; the minus signs mirror x
         affine = torch.stack([-cos, sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
         grid = F.affine_grid(affine, list(chunk.shape), align_corners=False)

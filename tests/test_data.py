@@ -25,6 +25,7 @@ from data import (
     mirror_and_rotate,
     normalize,
     random_crop,
+    redraw,
     shrink,
 )
 
@@ -262,6 +263,16 @@ def test_equal_seeds_give_equal_sets():
     assert torch.equal(first, enlarge(split, 5, 15.0).images)
     other = enlarge(split, 6, 15.0).images
     assert not torch.equal(first[30:60], other[30:60]) and not torch.equal(first[60:], other[60:])
+
+
+def test_redraw_changes_the_drawn_forms_in_place():
+    enlarged = enlarge(split_of(30), 5, 15.0)
+    before = enlarged.images.clone()
+    redraw(enlarged, 6, 15.0)
+    assert torch.equal(enlarged.images, enlarge(split_of(30), 6, 15.0).images)
+    assert torch.equal(enlarged.images[:30], before[:30])
+    assert not torch.equal(enlarged.images[30:60], before[30:60])
+    assert not torch.equal(enlarged.images[60:], before[60:])
 
 
 def test_each_image_has_its_own_draws():

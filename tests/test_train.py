@@ -195,9 +195,13 @@ def whole_and_in_parts(dataset, folder, monkeypatch, *options: str) -> tuple[Pat
 
 
 def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
-    whole, parts = whole_and_in_parts(dataset, tmp_path, monkeypatch, "--recipe", "fast", "--lr", "0.02")
+    options = ("--recipe", "fast", "--lr", "0.02")
+    whole, parts = whole_and_in_parts(dataset, tmp_path, monkeypatch, *options)
     assert float(rows_of(whole)[-1]["test_accuracy"]) > 60  # ten classes: chance is 10
     assert_same_runs(whole, parts)
+    assert train_with(tmp_path, dataset, *options, "--epochs", "2", "--set", "redraw=False") == 0
+    losses, fixed = ([row["train_loss"] for row in rows_of(folder)] for folder in (whole, tmp_path))
+    assert losses[0] == fixed[0] and losses[1] != fixed[1]  # the second pass is the first with other draws
 
 
 def test_replaced_weights_are_named(finished, dataset, tmp_path, capsys):
