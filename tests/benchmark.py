@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default=default_data_dir(), help="where CIFAR-10 is (now %(default)s)")
     parser.add_argument("--rounds", type=int, default=25, help="steps timed of each kind (default: %(default)s)")
-    parser.add_argument("--epochs", type=float, nargs="+", default=[0.8, 1.25, 2.5, 8, 24], metavar="N",
+    parser.add_argument("--epochs", type=float, nargs="+", default=[0.8, 1.25, 2.5, 8, 48], metavar="N",
                         help="train recipe fast for these (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="of fast with its own epochs (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"),
