@@ -123,7 +123,7 @@ RECIPES = {
         optimizer="muon", lr=0.2, vector_lr=0.1, momentum=0.9, weight_decay=0.01,
         warmup=0.15, final_lr=0.0,
         crop=2, small=0.3, label_smoothing=0.1,
-        max_degrees=15.0, together=16, redraw=True,  # draws of AutoAugment cost seconds at the start
+        max_degrees=15.0, together=16, redraw=True,  # draws of AutoAugment cost seconds a pass
         dropout=0.0,
         bfloat16=True, compile=False,
     ),
