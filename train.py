@@ -113,12 +113,12 @@ RECIPES = {
         # AdamW was ahead of SGD after two epochs and has not been tried for twenty, see the README.
         optimizer="sgd", momentum=0.9, weight_decay=5e-4, final_lr=0.0, vector_lr=0.03,
         warmup=0.1,        # usual; not tuned
-        compile=True,      # 1.4 times the images per second on two cores: docs/benchmark.txt
+        compile=True,      # 1.4 to 1.5 times the images per second on two cores: docs/benchmark.txt
     ),
     "fast": Recipe(
         # chosen on the held-out images, the table is in docs/fast; what it does not name was not tuned
         network="paired 64x3@16 64x4@8",
-        epochs=2.5,        # under four minutes on two cores; more of them reach further
+        epochs=2.5,        # about four minutes on two cores; more of them reach further
         batch_size=128,    # 256 is behind in a short run
         optimizer="muon", lr=0.2, vector_lr=0.1, momentum=0.9, weight_decay=0.01,
         warmup=0.15, final_lr=0.0,
