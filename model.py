@@ -6,11 +6,13 @@ asserted. `save_weights` and `load_weights` write and read weights.pkl.
 """
 
 import copy
+import functools
 import os
 import pickle
 import re
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -122,22 +124,27 @@ class PairedConv(nn.Module):
         return layer.eval()
 
 
-class PairedNormReLU(nn.Module):
-    """Batch norm, its statistics and weights shared within each pair, and ReLU: (N, C, H, W) -> the same."""
+Activation = Callable[[], nn.Module]
+RELU = functools.partial(nn.ReLU, inplace=True)
 
-    def __init__(self, channels: int):
+
+class PairedNormActivation(nn.Module):
+    """Batch norm, its statistics and weights shared within each pair, and `activation`: (N, C, H, W) -> the same."""
+
+    def __init__(self, channels: int, activation: Activation = RELU):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels // 2)
+        self.activation = activation()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, c, h, w = x.shape
         # in channels_last memory the two halves lie side by side: half the channels at twice the width
         x = x.permute(0, 2, 3, 1).reshape(n, h, 2 * w, c // 2).permute(0, 3, 1, 2)
-        x = F.relu(self.norm(x), inplace=True)
+        x = self.activation(self.norm(x))
         return x.permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
     def unpaired(self) -> nn.BatchNorm2d:
-        """The same norm over all channels, for inference; without the ReLU."""
+        """The same norm over all channels, for inference; without the activation."""
         norm = copy.deepcopy(self.norm)
         for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             values.data = values.data.repeat(2)
@@ -153,11 +160,11 @@ class PairedBlock(nn.Module):
     One norm, between the two, and nothing on the way around them (as in He et al. 2016, arXiv 1603.05027).
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, activation: Activation = RELU):
         super().__init__()
         self.layers = nn.Sequential(
             PairedConv(width, width, 3, groups=width // GROUP_WIDTH),
-            PairedNormReLU(width),
+            PairedNormActivation(width, activation),
             PairedConv(width, width, 1),
         )
         nn.init.zeros_(self.layers[-1].weight)  # starts as the identity (Goyal et al. 2017, arXiv 1706.02677)
@@ -172,13 +179,14 @@ class PairedNet(nn.Module):
     Args:
         stages: one for each size of the maps, as WIDTHxBLOCKS@SIDE: "64x3@16" is three blocks of 64
             channels on maps of 16x16. The first side is 32 or 16, each other half of the one before.
+        activation: behind every norm.
         dropout: share of the features set to zero in training, before the linear layer.
 
     Raises:
         ModelError: no stages, or one that cannot be.
     """
 
-    def __init__(self, *stages: str, dropout: float = 0.0):
+    def __init__(self, *stages: str, activation: Activation = RELU, dropout: float = 0.0):
         super().__init__()
         layers: list[nn.Module] = []
         width, side = 3, 32
@@ -193,16 +201,16 @@ class PairedNet(nn.Module):
                 )
             if not layers:  # the stem, which halves the image if the first stage is at 16x16
                 stem = PairedConv(3, new_width, 4, stride=2) if shrinks else PairedConv(3, new_width, 3)
-                layers += [stem, PairedNormReLU(new_width)]
+                layers += [stem, PairedNormActivation(new_width, activation)]
             else:
                 layers.append(nn.AvgPool2d(2))
                 if new_width != width:
-                    layers += [PairedConv(width, new_width, 1), PairedNormReLU(new_width)]
+                    layers += [PairedConv(width, new_width, 1), PairedNormActivation(new_width, activation)]
             width, side = new_width, new_side
-            layers += [PairedBlock(width) for _ in range(blocks)]
+            layers += [PairedBlock(width, activation) for _ in range(blocks)]
         if not layers:
             raise ModelError("a paired network needs stages: give some behind its name, as in 'paired 64x3@16 64x4@8'")
-        self.features = nn.Sequential(*layers, PairedNormReLU(width))
+        self.features = nn.Sequential(*layers, PairedNormActivation(width, activation))
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width // 2, 10)
 
@@ -212,7 +220,11 @@ class PairedNet(nn.Module):
         return F.log_softmax(self.classifier(self.dropout(a + b)).float(), dim=1)
 
 
-NETWORKS = {"report": ReportNet, "paired": PairedNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "report": ReportNet,
+    "paired": PairedNet,
+    "paired-silu": functools.partial(PairedNet, activation=nn.SiLU),  # (Elfwing et al. 2017, arXiv 1702.03118)
+}
 
 
 def count_parameters(network: nn.Module) -> tuple[int, int]:
@@ -236,14 +248,14 @@ def build_network(name: str, **options) -> nn.Module:
     """A freshly initialised network.
 
     Args:
-        name: a key of NETWORKS; behind "paired", its stages: "paired 64x3@16 64x4@8".
+        name: a key of NETWORKS; behind a paired one's, its stages: "paired 64x3@16 64x4@8".
         options: go to its constructor.
 
     Raises:
         ModelError: an unknown name, stages that cannot be, or a network over the limit.
     """
     kind, *stages = name.split() if isinstance(name, str) and name.strip() else [name]
-    if not isinstance(kind, str) or kind not in NETWORKS or (stages and kind != "paired"):
+    if not isinstance(kind, str) or kind not in NETWORKS or (stages and kind == "report"):
         raise ModelError(
             f"there is no network named {name!r}: choose 'report', or 'paired' and its stages, "
             "as in 'paired 64x3@16 64x4@8'")
@@ -264,8 +276,8 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
                 layers[i] = layers[i].unpaired()
             elif isinstance(layers[i], nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
                 layers[i - 1], layers[i] = fuse_conv_bn_eval(before, layers[i]), nn.Identity()
-            elif isinstance(layers[i], PairedNormReLU) and isinstance(before, nn.Conv2d):
-                layers[i - 1], layers[i] = fuse_conv_bn_eval(before, layers[i].unpaired()), nn.ReLU(inplace=True)
+            elif isinstance(layers[i], PairedNormActivation) and isinstance(before, nn.Conv2d):
+                layers[i - 1], layers[i] = fuse_conv_bn_eval(before, layers[i].unpaired()), layers[i].activation
     return folded
 
 

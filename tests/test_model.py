@@ -15,7 +15,7 @@ from model import (
     ModelError,
     PairedBlock,
     PairedConv,
-    PairedNormReLU,
+    PairedNormActivation,
     build_network,
     check_limit,
     count_parameters,
@@ -25,7 +25,7 @@ from model import (
 )
 from train import RECIPES
 
-NETWORKS = ["report", "paired 64x2@16 96x1@8", "paired 32x1@32 64x1@16"]
+NETWORKS = ["report", "paired 64x2@16 96x1@8", "paired-silu 32x1@32 64x1@16"]
 
 # The report's layers by hand: (channels in, channels out, size of the map it computes).
 REPORT_CONVOLUTIONS = [
@@ -150,7 +150,7 @@ def mirrored_pairs(maps: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_a_paired_layer_keeps_the_mirror(channels_in, size, stride, groups, memory_format):
     torch.manual_seed(0)
-    layer = nn.Sequential(PairedConv(channels_in, 16, size, stride, groups), PairedNormReLU(16))
+    layer = nn.Sequential(PairedConv(channels_in, 16, size, stride, groups), PairedNormActivation(16))
     assert layer[0].weight.numel() == 16 * channels_in // groups * size**2 // 2
     images = torch.randn(4, channels_in, 12, 12).to(memory_format=memory_format)
     other = images.flip(3) if channels_in == 3 else mirrored_pairs(images)
