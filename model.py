@@ -257,7 +257,7 @@ def build_network(name: str, **options) -> nn.Module:
     kind, *stages = name.split() if isinstance(name, str) and name.strip() else [name]
     if not isinstance(kind, str) or kind not in NETWORKS or (stages and kind == "report"):
         raise ModelError(
-            f"there is no network named {name!r}: choose 'report', or 'paired' and its stages, "
+            f"there is no network named {name!r}: choose 'report', or 'paired' or 'paired-silu' and its stages, "
             "as in 'paired 64x3@16 64x4@8'")
     return check_limit(NETWORKS[kind](*stages, **options))
 
