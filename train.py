@@ -130,7 +130,7 @@ RECIPES = {
     ),
 }
 RECIPES["best"] = dataclasses.replace(
-    RECIPES["fast"],  # and what pays when there are hours, chosen on the held-out images: docs/best
+    RECIPES["fast"],  # and what is for runs of hours; what was tried and what was not: docs/best
     network="paired-silu 64x3@16 64x4@8",
     epochs=96, lr=0.1, crop=4,
 )
