@@ -266,7 +266,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 # --- enlarging the training set ---------------------------------------------------------------
 
 
-def enlarge(split: Split, seed: int, max_degrees: float, together: int = 1) -> Split:
+def enlarge(
+    split: Split, seed: int, max_degrees: float, together: int = 1, augment_turned: bool = False
+) -> Split:
     """The report's enlarged training set: each image in three forms, 3N in all.
 
     In this order: all images as they are, all mirrored and rotated, all through AutoAugment.
@@ -274,18 +276,20 @@ def enlarge(split: Split, seed: int, max_degrees: float, together: int = 1) -> S
 
     Args:
         split: N images, which become a view of the result's first.
-        seed, max_degrees, together: as in `redraw`.
+        seed, max_degrees, together, augment_turned: as in `redraw`.
     """
     n = len(split.images)
     images = torch.empty((3 * n, *split.images.shape[1:]), dtype=torch.uint8)  # once: torch.cat would need it twice
     images[:n] = split.images
     split.images.set_(images[:n])  # the same values; their old 154 MB are free for what comes, if no one shares them
     enlarged = Split(images, split.labels.repeat(3))
-    redraw(enlarged, seed, max_degrees, together)
+    redraw(enlarged, seed, max_degrees, together, augment_turned)
     return enlarged
 
 
-def redraw(enlarged: Split, seed: int, max_degrees: float, together: int = 1) -> None:
+def redraw(
+    enlarged: Split, seed: int, max_degrees: float, together: int = 1, augment_turned: bool = False
+) -> None:
     """Draw the second and the third form of every image anew, in place.
 
     Args:
@@ -293,10 +297,13 @@ def redraw(enlarged: Split, seed: int, max_degrees: float, together: int = 1) ->
         seed: of the angles and of AutoAugment's draws.
         max_degrees: the angles are uniform between -max_degrees and max_degrees, a draw an image.
         together: images that share a draw of AutoAugment, see `auto_augment`.
+        augment_turned: the mirrored and rotated form goes through AutoAugment too, with draws of its own.
     """
     plain, turned, augmented = enlarged.images.chunk(3)
     mirror_and_rotate(plain, max_degrees, torch.Generator().manual_seed(seed), out=turned)
     auto_augment(plain, seed, together, out=augmented)
+    if augment_turned:
+        auto_augment(turned, -1 - seed, together, out=turned)
 
 
 def mirror_and_rotate(

@@ -173,6 +173,11 @@ class PairedBlock(nn.Module):
         return x + self.layers(x)
 
 
+Pooling = Callable[[], nn.Module]
+MEAN = functools.partial(nn.AvgPool2d, 2)
+OVERLAPPING = functools.partial(nn.AvgPool2d, 4, stride=2, padding=1)  # aliases less (Zhang 2019, arXiv 1904.11486)
+
+
 class PairedNet(nn.Module):
     """Mirror-paired residual network; its log-probabilities for an image and its mirror image are the same.
 
@@ -180,13 +185,16 @@ class PairedNet(nn.Module):
         stages: one for each size of the maps, as WIDTHxBLOCKS@SIDE: "64x3@16" is three blocks of 64
             channels on maps of 16x16. The first side is 32 or 16, each other half of the one before.
         activation: behind every norm.
+        pooling: halves the maps where a stage has the one before in front of it.
         dropout: share of the features set to zero in training, before the linear layer.
 
     Raises:
         ModelError: no stages, or one that cannot be.
     """
 
-    def __init__(self, *stages: str, activation: Activation = RELU, dropout: float = 0.0):
+    def __init__(
+        self, *stages: str, activation: Activation = RELU, pooling: Pooling = MEAN, dropout: float = 0.0
+    ):
         super().__init__()
         layers: list[nn.Module] = []
         width, side = 3, 32
@@ -203,7 +211,7 @@ class PairedNet(nn.Module):
                 stem = PairedConv(3, new_width, 4, stride=2) if shrinks else PairedConv(3, new_width, 3)
                 layers += [stem, PairedNormActivation(new_width, activation)]
             else:
-                layers.append(nn.AvgPool2d(2))
+                layers.append(pooling())
                 if new_width != width:
                     layers += [PairedConv(width, new_width, 1), PairedNormActivation(new_width, activation)]
             width, side = new_width, new_side
@@ -224,6 +232,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "report": ReportNet,
     "paired": PairedNet,
     "paired-silu": functools.partial(PairedNet, activation=nn.SiLU),  # (Elfwing et al. 2017, arXiv 1702.03118)
+    "paired-smooth": functools.partial(PairedNet, activation=nn.SiLU, pooling=OVERLAPPING),
 }
 
 
@@ -257,8 +266,8 @@ def build_network(name: str, **options) -> nn.Module:
     kind, *stages = name.split() if isinstance(name, str) and name.strip() else [name]
     if not isinstance(kind, str) or kind not in NETWORKS or (stages and kind == "report"):
         raise ModelError(
-            f"there is no network named {name!r}: choose 'report', or 'paired' or 'paired-silu' and its stages, "
-            "as in 'paired 64x3@16 64x4@8'")
+            f"there is no network named {name!r}: choose 'report', or 'paired', 'paired-silu' or 'paired-smooth' "
+            "and its stages, as in 'paired 64x3@16 64x4@8'")
     return check_limit(NETWORKS[kind](*stages, **options))
 
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from data import DataError, Split, batches, enlarge, load_training_data, redraw, replacing, shrink
 from eval import command_parser, evaluate, exit_status, pick_device, positive
-from model import ModelError, build_network, count_parameters, load_weights, read_archive, save_weights
+from model import ModelError, build_network, count_parameters, fold_batch_norm, load_weights, read_archive, save_weights
 
 # --- recipes ----------------------------------------------------------------------------------
 
@@ -43,6 +43,7 @@ class Recipe:
     network: str          # the name by which model.build_network knows it
     max_degrees: float    # the mirrored form of an image is turned by up to this angle
     together: int         # images that share a draw of AutoAugment
+    augment_turned: bool  # the mirrored form goes through AutoAugment too
     redraw: bool          # the enlarged set is drawn anew for each pass through it
     crop: int             # pixels by which an image is shifted at most, a draw a batch and image
     small: float          # share of the steps on shrunken images: half of them 16x16, then as many 24x24
@@ -56,6 +57,7 @@ class Recipe:
     momentum: float       # SGD's and Muon's momentum, Adam's beta1
     weight_decay: float   # on every parameter that lr is for
     label_smoothing: float  # share of the target that all ten classes have in common
+    temperature: float    # with --teachers, that of the probabilities which are learnt from them
     dropout: float        # share of the features dropped before the linear layer
     bfloat16: bool        # the network computes in bfloat16 where the hardware does; weights stay float32
     compile: bool         # torch.compile on a CPU: equal up to rounding and which features dropout draws
@@ -63,10 +65,10 @@ class Recipe:
     def __post_init__(self):
         fits = (
             0 < self.epochs < math.inf and self.batch_size > 0 and self.together > 0 and self.optimizer in OPTIMIZERS
-            and all(0 < rate < math.inf for rate in (self.lr, self.vector_lr)) and 0 <= self.weight_decay < math.inf
+            and all(0 < value < math.inf for value in (self.lr, self.vector_lr, self.temperature))
             and all(0 <= share < 1 for share in (self.warmup, self.momentum, self.dropout))
             and all(0 <= share <= 1 for share in (self.small, self.final_lr, self.label_smoothing))
-            and 0 <= self.max_degrees <= 180 and 0 <= self.crop <= 32
+            and 0 <= self.weight_decay < math.inf and 0 <= self.max_degrees <= 180 and 0 <= self.crop <= 32
         )
         if not fits:
             raise ModelError(f"no recipe can have these values, one of them is out of range: {self}")
@@ -108,8 +110,8 @@ RECIPES = {
     "report": Recipe(
         network="report",
         epochs=20, batch_size=250, lr=0.03, dropout=0.2,  # the report's own values
-        crop=0, small=0.0, label_smoothing=0.0, bfloat16=False,  # the report has none of these
-        max_degrees=15.0, together=1, redraw=False,  # the report says no angle; not tuned
+        crop=0, small=0.0, label_smoothing=0.0, temperature=1.0, bfloat16=False,  # the report has none of these
+        max_degrees=15.0, together=1, augment_turned=False, redraw=False,  # the report says no angle; not tuned
         # The report names no optimiser and no schedule: decay and weight decay paid on the held-out images,
         # AdamW was ahead of SGD after two epochs and has not been tried for twenty, see the README.
         optimizer="sgd", momentum=0.9, weight_decay=5e-4, final_lr=0.0, vector_lr=0.03,
@@ -123,8 +125,8 @@ RECIPES = {
         batch_size=128,    # 256 is behind in a short run
         optimizer="muon", lr=0.2, vector_lr=0.1, momentum=0.9, weight_decay=0.01,
         warmup=0.15, final_lr=0.0,
-        crop=2, small=0.3, label_smoothing=0.1,
-        max_degrees=15.0, together=16, redraw=True,  # draws of AutoAugment cost seconds a pass
+        crop=2, small=0.3, label_smoothing=0.1, temperature=1.0,
+        max_degrees=15.0, together=16, augment_turned=False, redraw=True,  # draws of AutoAugment cost seconds a pass
         dropout=0.0,
         bfloat16=True, compile=False,
     ),
@@ -192,6 +194,21 @@ def smoothed_loss(log_probabilities: torch.Tensor, labels: torch.Tensor, smoothi
     return loss if smoothing == 0 else (1 - smoothing) * loss - smoothing * log_probabilities.mean()
 
 
+def soft_targets(teachers: list[nn.Module], images: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The teachers' mean probabilities (N, 10) for `images`, raised to 1 / temperature and scaled to a sum of one."""
+    with torch.no_grad():
+        probabilities = torch.stack([teacher(images).exp() for teacher in teachers]).mean(dim=0)
+    return F.softmax(probabilities.clamp(min=1e-6).log() / temperature, dim=1)
+
+
+def distillation_loss(log_probabilities: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Mean cross-entropy of the softened probabilities with `targets` (Hinton et al. 2015, arXiv 1503.02531).
+
+    Times the temperature: so the gradient at the logits is the difference of the two, as it is with labels.
+    """
+    return temperature * F.cross_entropy(log_probabilities / temperature, targets)
+
+
 def count_steps(recipe: Recipe, n: int) -> tuple[int, int]:
     """The steps of one pass through n samples, and those of all `recipe.epochs`, at least one."""
     steps_a_pass = math.ceil(n / recipe.batch_size)
@@ -203,6 +220,7 @@ def train_epoch(
     optimizers: Optimizers,
     train: Split,
     recipe: Recipe,
+    teachers: list[nn.Module],
     epoch: int,
     generator: torch.Generator,
 ) -> tuple[float, float]:
@@ -213,6 +231,7 @@ def train_epoch(
         optimizers: of its parameters.
         train: what to go through.
         recipe: how.
+        teachers: networks whose probabilities are learnt instead of the labels, if there are any.
         epoch: which pass it is, from 0.
         generator: draws order and crops.
 
@@ -231,10 +250,13 @@ def train_epoch(
         progress = (epoch * steps_a_pass + step + 1) / all_steps
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group.setdefault("highest_lr", group["lr"]) * rate_share(recipe, progress)
-        images = shrink(images, image_side(recipe, progress))
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-            log_probabilities = step_network(images)
-        loss = smoothed_loss(log_probabilities, labels, recipe.label_smoothing)
+            targets = soft_targets(teachers, images, recipe.temperature) if teachers else None
+            log_probabilities = step_network(shrink(images, image_side(recipe, progress)))
+        if teachers:
+            loss = distillation_loss(log_probabilities, targets, recipe.temperature)
+        else:
+            loss = smoothed_loss(log_probabilities, labels, recipe.label_smoothing)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -252,6 +274,7 @@ def fit(
     train: Split,
     test: Split,
     recipe: Recipe,
+    teachers: list[nn.Module],
     seed: int,
     checkpoint: dict,
 ) -> Iterator[tuple[dict, dict]]:
@@ -263,6 +286,7 @@ def fit(
     on from a checkpoint draws what the uninterrupted run would have drawn.
     """
     optimizers = OPTIMIZERS[recipe.optimizer](network, recipe)
+    teachers = [fold_batch_norm(teacher).to(memory_format=torch.channels_last) for teacher in teachers]
     epochs_done = checkpoint.get("epochs_done", 0)
     if epochs_done:
         network.load_state_dict(checkpoint["network"])
@@ -276,9 +300,9 @@ def fit(
         torch.manual_seed(seed * 10_000 + epoch)  # for dropout, on every device
         generator = torch.Generator().manual_seed(seed * 10_000 + epoch)
         if recipe.redraw and epoch:
-            redraw(train, seed * 10_000 + epoch, recipe.max_degrees, recipe.together)
+            redraw(train, seed * 10_000 + epoch, recipe.max_degrees, recipe.together, recipe.augment_turned)
         network.train()
-        train_loss, train_accuracy = train_epoch(step_network, optimizers, train, recipe, epoch, generator)
+        train_loss, train_accuracy = train_epoch(step_network, optimizers, train, recipe, teachers, epoch, generator)
         test_accuracy, test_loss = evaluate(network, test)
         row = {
             "epoch": min(epoch + 1, recipe.epochs),
@@ -401,6 +425,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="any other value of the recipe, such as --set weight_decay=0")
     add("--seed", type=seed_number, default=0, metavar="N",
         help="of weights, augmentation, order and dropout (default: 0)")
+    add("--teachers", type=Path, nargs="+", default=[], metavar="FILE",
+        help="weights of networks whose mean probabilities are learnt instead of the labels (default: none)")
     add("--validate", action="store_true",
         help="for choosing values: train on the first 45,000 training images, measure on the last 5,000 (default: off)")
     add("--resume", action="store_true", help="go on from the last finished epoch of the run (default: off)")
@@ -431,14 +457,30 @@ def read_checkpoint(path: Path, settings: dict) -> dict:
     return checkpoint
 
 
+def describe(facts: dict) -> str:
+    """What weights are of, in a few words, from the facts saved beside them."""
+    return (f"recipe {facts.get('recipe')}, seed {facts.get('seed')}, "
+            f"with an accuracy of {facts.get('accuracy', math.nan):.2f} %")
+
+
+def load_teacher(path: Path, validate: bool) -> tuple[nn.Module, dict]:
+    """As `load_weights`; with `validate`, only weights that were trained with it too.
+
+    Raises:
+        ModelError: there are no such weights, or they have learnt from the held-out images.
+    """
+    teacher, facts = load_weights(path)
+    if validate and not facts.get("validate"):
+        raise ModelError(f"{path} has learnt from the held-out images: with --validate, name teachers trained with it")
+    return teacher, facts
+
+
 def describe_weights(path: Path) -> str | None:
-    """What the weights at `path` are of, in a few words; None where there are none."""
+    """What the weights at `path` are of; None where there are none."""
     try:
-        _, facts = load_weights(path)
+        return describe(load_weights(path)[1])
     except ModelError:
         return None
-    return (f"those of recipe {facts.get('recipe')}, seed {facts.get('seed')}, "
-            f"with an accuracy of {facts.get('accuracy', math.nan):.2f} %")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -459,7 +501,9 @@ def run(args: argparse.Namespace) -> int:
     train, test = load_training_data(args.data_dir, args.validate)
     recipe = dataclasses.replace(  # as far as this machine can follow it
         recipe, compile=recipe.compile and can_compile(device), bfloat16=recipe.bfloat16 and has_bfloat16(device))
-    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate}
+    taught_by = [load_teacher(path, args.validate) for path in args.teachers]
+    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
+                "teachers": [describe(facts) for _, facts in taught_by]}
     path = run_dir / "checkpoint.pt"
     checkpoint = read_checkpoint(path, settings) if args.resume else {}
     rows, seconds_before = checkpoint.get("rows", []), checkpoint.get("seconds", 0.0)
@@ -467,7 +511,7 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)  # for the initial weights
     network = build_network(recipe.network, dropout=recipe.dropout).to(device)
     print(f"enlarging {len(train.images):,} training images to {3 * len(train.images):,} ...", flush=True)
-    train = enlarge(train, args.seed * 10_000, recipe.max_degrees, recipe.together)
+    train = enlarge(train, args.seed * 10_000, recipe.max_degrees, recipe.together, recipe.augment_turned)
     if not args.resume:  # nothing of an earlier run in this directory is to be taken for this one's
         for name in ("checkpoint.pt", "metrics.csv", "result.json", "accuracy.png", "loss.png"):
             (run_dir / name).unlink(missing_ok=True)
@@ -482,7 +526,8 @@ def run(args: argparse.Namespace) -> int:
     )
     for row in rows:
         print(table_line(row, recipe.epochs))
-    epochs = fit(network, train.to(device), test.to(device), recipe, args.seed, checkpoint)
+    teachers = [teacher.to(device) for teacher, _ in taught_by]
+    epochs = fit(network, train.to(device), test.to(device), recipe, teachers, args.seed, checkpoint)
     for row, state in epochs:
         if not math.isfinite(row["train_loss"]):
             raise ModelError(f"the loss is {row['train_loss']} in epoch {row['epoch']}: try a smaller --lr")
@@ -510,7 +555,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{accuracy:.2f} % of the {measured} images after {recipe.epochs:g} epochs and {seconds / 60:.1f} minutes; "
           f"the weights are in {out}")
     if replaced:
-        print(f"They took the place of {replaced}. To have the repository's back: git checkout {out}")
+        print(f"They took the place of those of {replaced}. To have the repository's back: git checkout {out}")
     return 0
 
 

@@ -275,6 +275,14 @@ def test_redraw_changes_the_drawn_forms_in_place():
     assert not torch.equal(enlarged.images[60:], before[60:])
 
 
+def test_augmenting_the_turned_form_too():
+    plain, both = enlarge(split_of(200), 5, 15.0), enlarge(split_of(200), 5, 15.0, augment_turned=True)
+    turned, (_, augmented_turned, augmented) = plain.images[200:400], both.images.chunk(3)
+    assert torch.equal(augmented, plain.images[400:])
+    assert not torch.equal(augmented_turned, turned)
+    assert not torch.equal(augmented_turned, auto_augment(turned, 5))  # the augmented form has these draws
+
+
 def test_each_image_has_its_own_draws():
     images, _ = make_arrays(40, 0)
     same = torch.from_numpy(images[3]).expand(40, 32, 32, 3).contiguous()

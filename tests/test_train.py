@@ -18,7 +18,8 @@ from PIL import Image
 
 import eval
 import train
-from model import build_network, load_weights
+from data import Split, load_training_data
+from model import build_network, load_weights, save_weights
 
 QUICK = ["--recipe", "report", "--batch-size", "30", "--set", "compile=False", "--device", "cpu"]
 
@@ -204,6 +205,29 @@ def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
     assert losses[0] == fixed[0] and losses[1] != fixed[1]  # the second pass is the first with other draws
 
 
+def test_what_is_learnt_from_teachers(finished, dataset, tmp_path, monkeypatch):
+    """The student never sees a label: one whose teacher exchanges all classes learns the exchanged ones."""
+    teacher, facts = load_weights(finished / "weights.pkl")
+    last = teacher.classifier[2]
+    last.weight.data, last.bias.data = last.weight.data.roll(1, dims=0), last.bias.data.roll(1, dims=0)
+    save_weights(tmp_path / "teacher.pkl", teacher, "report", **facts)
+    options = ("--recipe", "fast", "--lr", "0.02", "--teachers", str(tmp_path / "teacher.pkl"))
+    whole, parts = whole_and_in_parts(dataset, tmp_path, monkeypatch, *options)
+    assert_same_runs(whole, parts)
+    assert float(rows_of(whole)[-1]["test_accuracy"]) < 5
+    student, _ = load_weights(whole / "weights.pkl")
+    _, test = load_training_data(dataset)
+    assert eval.evaluate(student, Split(test.images, (test.labels + 1) % 10))[0] > 60
+    assert json.loads((whole / "result.json").read_text())["teachers"] == [
+        f"recipe report, seed 0, with an accuracy of {facts['accuracy']:.2f} %"]
+
+
+def test_teachers_that_have_seen_the_held_out_images(finished, dataset, tmp_path, capsys):
+    teacher = ("--teachers", str(finished / "weights.pkl"))
+    assert train_with(tmp_path, dataset, "--validate", *teacher) == 2
+    assert "has learnt from the held-out images" in capsys.readouterr().err
+
+
 def test_replaced_weights_are_named(finished, dataset, tmp_path, capsys):
     folder = copy_of(finished, tmp_path)
     accuracy = load_weights(folder / "weights.pkl")[1]["accuracy"]
@@ -269,6 +293,22 @@ def test_smoothed_loss_against_torch():
                               torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing))
 
 
+def test_soft_targets_are_the_teachers_mean():
+    teachers = [lambda images, p=p: torch.tensor([p]).log().expand(len(images), -1) for p in ([0.5, 0.5], [0.9, 0.1])]
+    images = torch.zeros(3, 3, 32, 32)
+    assert torch.allclose(train.soft_targets(teachers, images, 1.0), torch.tensor([0.7, 0.3]))
+    roots = torch.tensor([0.7, 0.3]).sqrt()
+    assert torch.allclose(train.soft_targets(teachers, images, 2.0), roots / roots.sum())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gradient_of_the_distillation_loss(temperature):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(1, 10, requires_grad=True), torch.randn(1, 10).softmax(dim=1)
+    train.distillation_loss(logits.log_softmax(dim=1), targets, temperature).backward()
+    assert torch.allclose(logits.grad, (logits / temperature).softmax(dim=1) - targets, atol=1e-6)
+
+
 def test_every_recipe_is_within_the_limit():
     for recipe in train.RECIPES.values():
         build_network(recipe.network, dropout=recipe.dropout)
@@ -289,6 +329,8 @@ def test_optimizers(optimizer, dataset, tmp_path):
     (["--set", "dropout=much"], "dropout takes float values, not 'much'"),
     (["--set", "optimizer=magic"], "one of them is out of range"),
     (["--set", "lr=nan"], "one of them is out of range"),
+    (["--set", "temperature=0"], "one of them is out of range"),
+    (["--teachers", "none.pkl"], "there is no file none.pkl"),
     (["--set", "warmup=1"], "one of them is out of range"),
     (["--set", "epochs=0"], "one of them is out of range"),
     (["--seed", "-1"], "-1 is not between 0 and"),
