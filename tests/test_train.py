@@ -211,7 +211,8 @@ def test_what_is_learnt_from_teachers(finished, dataset, tmp_path, monkeypatch):
     last = teacher.classifier[2]
     last.weight.data, last.bias.data = last.weight.data.roll(1, dims=0), last.bias.data.roll(1, dims=0)
     save_weights(tmp_path / "teacher.pkl", teacher, "report", **facts)
-    options = ("--recipe", "fast", "--lr", "0.02", "--teachers", str(tmp_path / "teacher.pkl"))
+    options = ("--recipe", "fast", "--lr", "0.02", "--set", "mixup=0.5",
+               "--teachers", str(tmp_path / "teacher.pkl"))
     whole, parts = whole_and_in_parts(dataset, tmp_path, monkeypatch, *options)
     assert_same_runs(whole, parts)
     assert float(rows_of(whole)[-1]["test_accuracy"]) < 5
