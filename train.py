@@ -3,7 +3,7 @@
     python train.py                              the recipe "fast", seed 0 -> weights.pkl
     python train.py --epochs 1                   any recipe in less time, or more: the schedule stretches
     python train.py --recipe report              the report's network and recipe
-    python train.py --recipe best                hours; no better yet than fast with --epochs 48
+    python train.py --recipe best --teachers A B hours; learns from the networks whose weights A and B are
     python train.py --validate                   measure on 5,000 held-out training images instead
     python train.py --resume                     go on after an interruption
     python train.py --plots-only --run-dir DIR   draw DIR's two graphs again from its metrics.csv
