@@ -308,7 +308,7 @@ def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     """Read what `save_weights` wrote. No code in the file is run.
 
     Returns:
-        The network on the CPU in evaluation mode, and the facts saved beside its state.
+        The network on the CPU in evaluation mode, and the facts saved beside its state, "network" its name.
 
     Raises:
         ModelError: the file is missing, damaged, not a weights file, or of another network.
@@ -317,7 +317,7 @@ def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     contents = read_archive(path, f"make it with: python train.py --out {path}")
     if not isinstance(contents, dict) or not {"network", "state"} <= contents.keys():
         raise ModelError(f"{path} holds no weights of this project: name a file that train.py wrote")
-    network = build_network(contents.pop("network"))
+    network = build_network(contents["network"])
     try:
         network.load_state_dict(contents.pop("state"))
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -464,8 +464,8 @@ def read_checkpoint(path: Path, settings: dict) -> dict:
 
 def describe(facts: dict) -> str:
     """What weights are of, in a few words, from the facts saved beside them."""
-    return (f"recipe {facts.get('recipe')}, seed {facts.get('seed')}, "
-            f"with an accuracy of {facts.get('accuracy', math.nan):.2f} %")
+    return (f"{facts['network']}, recipe {facts.get('recipe')}, seed {facts.get('seed')}, "
+            f"{facts.get('epochs', math.nan):g} epochs, {facts.get('accuracy', math.nan):.2f} %")
 
 
 def load_teacher(path: Path, validate: bool) -> tuple[nn.Module, dict]:

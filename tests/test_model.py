@@ -192,7 +192,7 @@ def test_weights_come_back(name, tmp_path):
     network = build_network(name)
     save_weights(tmp_path / "w.pkl", network, name, recipe="report", seed=3, accuracy=81.5)
     loaded, facts = load_weights(tmp_path / "w.pkl")
-    assert facts == {"recipe": "report", "seed": 3, "accuracy": 81.5}
+    assert facts == {"network": name, "recipe": "report", "seed": 3, "accuracy": 81.5}
     assert not loaded.training
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), loaded.state_dict().values()))
 

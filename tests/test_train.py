@@ -210,7 +210,7 @@ def test_what_is_learnt_from_teachers(finished, dataset, tmp_path, monkeypatch):
     teacher, facts = load_weights(finished / "weights.pkl")
     last = teacher.classifier[2]
     last.weight.data, last.bias.data = last.weight.data.roll(1, dims=0), last.bias.data.roll(1, dims=0)
-    save_weights(tmp_path / "teacher.pkl", teacher, "report", **facts)
+    save_weights(tmp_path / "teacher.pkl", teacher, facts.pop("network"), **facts)
     options = ("--recipe", "fast", "--lr", "0.02", "--set", "mixup=0.5",
                "--teachers", str(tmp_path / "teacher.pkl"))
     whole, parts = whole_and_in_parts(dataset, tmp_path, monkeypatch, *options)
@@ -220,7 +220,7 @@ def test_what_is_learnt_from_teachers(finished, dataset, tmp_path, monkeypatch):
     _, test = load_training_data(dataset)
     assert eval.evaluate(student, Split(test.images, (test.labels + 1) % 10))[0] > 60
     assert json.loads((whole / "result.json").read_text())["teachers"] == [
-        f"recipe report, seed 0, with an accuracy of {facts['accuracy']:.2f} %"]
+        f"report, recipe report, seed 0, {facts['epochs']:g} epochs, {facts['accuracy']:.2f} %"]
 
 
 def test_teachers_that_have_seen_the_held_out_images(finished, dataset, tmp_path, capsys):
@@ -234,7 +234,7 @@ def test_replaced_weights_are_named(finished, dataset, tmp_path, capsys):
     accuracy = load_weights(folder / "weights.pkl")[1]["accuracy"]
     assert train_with(folder, dataset, "--epochs", "1", "--seed", "4") == 0
     out = capsys.readouterr().out
-    assert f"those of recipe report, seed 0, with an accuracy of {accuracy:.2f} %" in out
+    assert f"those of report, recipe report, seed 0, 3 epochs, {accuracy:.2f} %" in out
     assert f"git checkout {folder / 'weights.pkl'}" in out
 
 
