@@ -136,8 +136,8 @@ RECIPES = {
 }
 RECIPES["best"] = dataclasses.replace(
     RECIPES["fast"],  # and what is for hours with --teachers; no better yet than fast in 48 epochs: docs/best tells why
-    network="paired-smooth 32x0@32 64x3@16 64x4@8",
-    epochs=48, lr=0.1, crop=4, augment_turned=True, temperature=2.0, mixup=0.5,
+    network="gated 32x0@32 64x3@16 64x4@8",
+    epochs=40, lr=0.1, crop=4, augment_turned=True, temperature=2.0, mixup=0.5,
 )
 
 

@@ -25,7 +25,7 @@ from model import (
 )
 from train import RECIPES
 
-NETWORKS = ["report", "paired 64x2@16 96x1@8", "paired-silu 32x1@32 64x1@16", "paired-smooth 32x0@32 64x1@16 64x1@8"]
+NETWORKS = ["report", "paired 64x2@16 96x1@8", "gated 32x1@32 64x1@16 64x1@8"]
 
 # The report's layers by hand: (channels in, channels out, size of the map it computes).
 REPORT_CONVOLUTIONS = [
