@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from data import normalize
 from model import (
+    GatedBlock,
     ModelError,
     PairedBlock,
     PairedConv,
+    PairedGate,
     PairedNormActivation,
     build_network,
     check_limit,
@@ -57,10 +59,11 @@ def test_report_network_parameters():
     assert count_parameters(build_network("report")) == (by_hand, by_hand)
 
 
-@pytest.mark.parametrize("side, millions", [(32, 14.4), (16, 3.6)])
-def test_fast_has_the_parameters_and_multiply_adds_that_the_readme_states(side, millions):
-    network = build_network(RECIPES["fast"].network).eval()
-    assert count_parameters(network) == (49_034, 49_034)
+@pytest.mark.parametrize("recipe, parameters, side, millions", [
+    ("fast", 49_034, 32, 14.4), ("fast", 49_034, 16, 3.6), ("best", 47_418, 32, 14.6)])
+def test_recipes_have_the_parameters_and_multiply_adds_that_the_readme_states(recipe, parameters, side, millions):
+    network = build_network(RECIPES[recipe].network).eval()
+    assert count_parameters(network) == (parameters, parameters)
     with FlopCounterMode(display=False) as counter:
         network(torch.randn(1, 3, side, side))
     assert counter.get_total_flops() / 2e6 == pytest.approx(millions, abs=0.05)
@@ -162,13 +165,22 @@ def test_a_paired_layer_keeps_the_mirror(channels_in, size, stride, groups, memo
         layer.eval()
 
 
-def test_a_block_starts_as_the_identity():
+@pytest.mark.parametrize("block", [PairedBlock, GatedBlock])
+def test_a_block_starts_as_the_identity(block):
     x = torch.randn(2, 64, 8, 8)
-    assert torch.equal(PairedBlock(64)(x), x)
+    assert torch.equal(block(64)(x), x)
 
 
-def test_an_image_and_its_mirror_image_are_the_same_to_paired_networks():
-    network = trained_a_little(NETWORKS[1])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_a_gate_against_its_formula(memory_format):
+    x = torch.randn(2, 8, 3, 5).to(memory_format=memory_format)  # [values, gates] of one half, then of the other
+    by_hand = torch.cat([x[:, 0:2] * F.silu(x[:, 2:4]), x[:, 4:6] * F.silu(x[:, 6:8])], dim=1)
+    assert torch.allclose(PairedGate()(x), by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NETWORKS[1:])
+def test_an_image_and_its_mirror_image_are_the_same_to_paired_networks(name):
+    network = trained_a_little(name)
     images = torch.randn(8, 3, 32, 32)
     output = network(images)
     assert output.std() > 0.1 and torch.allclose(output, network(images.flip(3)), atol=1e-4)
