@@ -34,7 +34,7 @@ from data import (
 )
 from model import ModelError, count_parameters, fold_batch_norm, load_weights
 
-BATCH_SIZE = 100  # a layer's output stays in the cache; train.py measures with it too, so both give the same digits
+BATCH_SIZE = 25  # a layer's output stays in the cache; train.py measures with it too, so both give the same digits
 
 
 # --- measuring --------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
     python train.py                              the recipe "fast", seed 0 -> weights.pkl
     python train.py --epochs 1                   any recipe in less time, or more: the schedule stretches
     python train.py --recipe report              the report's network and recipe
-    python train.py --recipe best --teachers A B hours; learns from the networks whose weights A and B are
+    python train.py --recipe best                an hour and a half, for the accuracy
+    python train.py --teachers A B               learn from the networks whose weights A and B are, not the labels
     python train.py --validate                   measure on 5,000 held-out training images instead
     python train.py --resume                     go on after an interruption
     python train.py --plots-only --run-dir DIR   draw DIR's two graphs again from its metrics.csv
@@ -135,7 +136,7 @@ RECIPES = {
     ),
 }
 RECIPES["best"] = dataclasses.replace(
-    RECIPES["fast"],  # and what is for hours with --teachers; no better yet than fast in 48 epochs: docs/best tells why
+    RECIPES["fast"],  # and what is for long runs, with --teachers or without; docs/best tells why
     network="gated 32x0@32 64x3@16 64x4@8",
     epochs=40, lr=0.1, crop=4, augment_turned=True, temperature=2.0, mixup=0.5,
 )
