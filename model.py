@@ -186,10 +186,10 @@ class PairedGate(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """Residual block (N, width, H, W) -> the same: a depthwise 3x3 layer looks around, gated 1x1 layers mix the channels.
+    """Residual block (N, width, H, W) -> the same: a depthwise 3x3 layer looks around, 1x1 layers with a gate mix.
 
-    The depthwise layer costs next to no parameters, so the 1x1 layers have nearly all: three quarters as many blocks
-    of three times the 1x1 weights fit into the limit.
+    The depthwise layer costs next to no parameters, so there are three times the 1x1 weights of a PairedBlock of 64
+    channels, and fewer in all.
     """
 
     def __init__(self, width: int):
