@@ -154,23 +154,30 @@ class PairedNormActivation(nn.Module):
 GROUP_WIDTH = 16  # channels in each group of a 3x3 layer
 
 
-class PairedBlock(nn.Module):
-    """Residual block (N, width, H, W) -> the same: a grouped 3x3 layer looks around, a 1x1 layer mixes the channels.
+class ResidualBlock(nn.Module):
+    """x + layers(x), of the same shape; starts as the identity (Goyal et al. 2017, arXiv 1706.02677).
 
-    One norm, between the two, and nothing on the way around them (as in He et al. 2016, arXiv 1603.05027).
+    Nothing is on the way around the layers (as in He et al. 2016, arXiv 1603.05027).
     """
 
-    def __init__(self, width: int):
+    def __init__(self, *layers: nn.Module):
         super().__init__()
-        self.layers = nn.Sequential(
+        self.layers = nn.Sequential(*layers)
+        nn.init.zeros_(self.layers[-1].weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layers(x)
+
+
+class PairedBlock(ResidualBlock):
+    """(N, width, H, W) -> the same: a grouped 3x3 layer looks around, a 1x1 layer mixes the channels; one norm."""
+
+    def __init__(self, width: int):
+        super().__init__(
             PairedConv(width, width, 3, groups=width // GROUP_WIDTH),
             PairedNormActivation(width),
             PairedConv(width, width, 1),
         )
-        nn.init.zeros_(self.layers[-1].weight)  # starts as the identity (Goyal et al. 2017, arXiv 1706.02677)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.layers(x)
 
 
 class PairedGate(nn.Module):
@@ -185,26 +192,21 @@ class PairedGate(nn.Module):
         return (values.contiguous() * F.silu(gates.contiguous())).flatten(3).permute(0, 3, 1, 2)
 
 
-class GatedBlock(nn.Module):
-    """Residual block (N, width, H, W) -> the same: a depthwise 3x3 layer looks around, 1x1 layers with a gate mix.
+class GatedBlock(ResidualBlock):
+    """(N, width, H, W) -> the same: a depthwise 3x3 layer looks around, 1x1 layers with a gate between them mix.
 
     The depthwise layer costs next to no parameters, so there are three times the 1x1 weights of a PairedBlock of 64
     channels, and fewer in all.
     """
 
     def __init__(self, width: int):
-        super().__init__()
-        self.layers = nn.Sequential(
+        super().__init__(
             PairedConv(width, width, 3, groups=width),
             PairedNormActivation(width, nn.Identity),
             PairedConv(width, 2 * width, 1),
             PairedGate(),
             PairedConv(width, width, 1),
         )
-        nn.init.zeros_(self.layers[-1].weight)  # starts as the identity
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.layers(x)
 
 
 Pooling = Callable[[], nn.Module]
