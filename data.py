@@ -371,19 +371,6 @@ def shrink(images: torch.Tensor, side: int) -> torch.Tensor:
     return small.contiguous(memory_format=torch.channels_last)
 
 
-def mixup(images: torch.Tensor, alpha: float, generator: torch.Generator) -> torch.Tensor:
-    """Float images (B, 3, H, W), each mixed with one of the same batch (Zhang et al. 2017, arXiv 1710.09412).
-
-    Of itself it keeps the larger of x and 1 - x, with x from Beta(alpha, alpha), a draw an image: torch's global
-    generator draws it, `generator` the partner.
-    """
-    n = len(images)
-    shares = torch.distributions.Beta(alpha, alpha).sample((n,))
-    shares = torch.maximum(shares, 1 - shares).view(n, 1, 1, 1).to(images.device)
-    partners = images[torch.randperm(n, generator=generator).to(images.device)]
-    return torch.lerp(partners, images, shares)
-
-
 @functools.cache  # once a device: copying them there for each batch would make a GPU wait
 def mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(MEAN, device=device) * 255, torch.tensor(STD, device=device) * 255

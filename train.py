@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import DataError, Split, batches, enlarge, load_training_data, mixup, redraw, replacing, shrink
+from data import DataError, Split, batches, enlarge, load_training_data, redraw, replacing, shrink
 from eval import command_parser, evaluate, exit_status, pick_device, positive
 from model import ModelError, build_network, count_parameters, fold_batch_norm, load_weights, read_archive, save_weights
 
@@ -59,7 +59,6 @@ class Recipe:
     weight_decay: float   # on every parameter that lr is for
     label_smoothing: float  # share of the target that all ten classes have in common
     temperature: float    # with --teachers, that of the probabilities which are learnt from them
-    mixup: float          # with --teachers, alpha of the Beta distribution by which images are mixed; 0 for not
     dropout: float        # share of the features dropped before the linear layer
     bfloat16: bool        # the network computes in bfloat16 where the hardware does; weights stay float32
     compile: bool         # torch.compile on a CPU: equal up to rounding and which features dropout draws
@@ -70,8 +69,7 @@ class Recipe:
             and all(0 < value < math.inf for value in (self.lr, self.vector_lr, self.temperature))
             and all(0 <= share < 1 for share in (self.warmup, self.momentum, self.dropout))
             and all(0 <= share <= 1 for share in (self.small, self.final_lr, self.label_smoothing))
-            and all(0 <= value < math.inf for value in (self.weight_decay, self.mixup))
-            and 0 <= self.max_degrees <= 180 and 0 <= self.crop <= 32
+            and 0 <= self.weight_decay < math.inf and 0 <= self.max_degrees <= 180 and 0 <= self.crop <= 32
         )
         if not fits:
             raise ModelError(f"no recipe can have these values, one of them is out of range: {self}")
@@ -114,7 +112,7 @@ RECIPES = {
         network="report",
         epochs=20, batch_size=250, lr=0.03, dropout=0.2,  # the report's own values
         # the report has none of these
-        crop=0, small=0.0, label_smoothing=0.0, temperature=1.0, mixup=0.0, bfloat16=False,
+        crop=0, small=0.0, label_smoothing=0.0, temperature=1.0, bfloat16=False,
         max_degrees=15.0, together=1, augment_turned=False, redraw=False,  # the report says no angle; not tuned
         # The report names no optimiser and no schedule: decay and weight decay paid on the held-out images,
         # AdamW was ahead of SGD after two epochs and has not been tried for twenty, see the README.
@@ -129,7 +127,7 @@ RECIPES = {
         batch_size=128,    # 256 is behind in a short run
         optimizer="muon", lr=0.2, vector_lr=0.1, momentum=0.9, weight_decay=0.01,
         warmup=0.15, final_lr=0.0,
-        crop=2, small=0.3, label_smoothing=0.1, temperature=1.0, mixup=0.0,
+        crop=2, small=0.3, label_smoothing=0.1, temperature=1.0,
         max_degrees=15.0, together=16, augment_turned=False, redraw=True,  # draws of AutoAugment cost seconds a pass
         dropout=0.0,
         bfloat16=True, compile=False,
@@ -138,7 +136,7 @@ RECIPES = {
 RECIPES["best"] = dataclasses.replace(
     RECIPES["fast"],  # and what is for long runs, with --teachers or without; docs/best tells why
     network="gated 32x0@32 64x3@16 64x4@8",
-    epochs=40, lr=0.1, crop=4, augment_turned=True, temperature=2.0, mixup=0.5,
+    epochs=40, lr=0.1, crop=4, augment_turned=True, temperature=2.0,
 )
 
 
@@ -254,8 +252,6 @@ def train_epoch(
         progress = (epoch * steps_a_pass + step + 1) / all_steps
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group.setdefault("highest_lr", group["lr"]) * rate_share(recipe, progress)
-        if teachers and recipe.mixup:  # they say what a mixture is
-            images = mixup(images, recipe.mixup, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
             targets = soft_targets(teachers, images, recipe.temperature) if teachers else None
             log_probabilities = step_network(shrink(images, image_side(recipe, progress)))
@@ -303,7 +299,7 @@ def fit(
     steps_a_pass, all_steps = count_steps(recipe, len(train.images))
     for epoch in range(epochs_done, math.ceil(all_steps / steps_a_pass)):
         start = time.perf_counter()
-        torch.manual_seed(seed * 10_000 + epoch)  # for dropout and mixup, on every device
+        torch.manual_seed(seed * 10_000 + epoch)  # for dropout, on every device
         generator = torch.Generator().manual_seed(seed * 10_000 + epoch)
         if recipe.redraw and epoch:
             redraw(train, seed * 10_000 + epoch, recipe.max_degrees, recipe.together, recipe.augment_turned)

@@ -17,7 +17,7 @@ OURS = {
     "recipe report": "report-seed0",
     "fast, 2.5 epochs": "fast/epochs2.5-seed0",
     "fast, 48 epochs": "fast/epochs48-seed0",
-    "best": "best/gated-seed0",
+    "best": "best/taught-gated-seed0",
 }
 # whose names stand on the left of their points, for want of space
 LEFT = {"LEMONADE", "Restricted_CNN", "Tiniest", "the report", "recipe report", "best"}

@@ -23,7 +23,6 @@ from data import (
     load_cifar10,
     load_training_data,
     mirror_and_rotate,
-    mixup,
     normalize,
     random_crop,
     redraw,
@@ -282,22 +281,6 @@ def test_augmenting_the_turned_form_too():
     assert torch.equal(augmented, plain.images[400:])
     assert not torch.equal(augmented_turned, turned)
     assert not torch.equal(augmented_turned, auto_augment(turned, 5))  # the augmented form has these draws
-
-
-@pytest.mark.parametrize("alpha", [0.2, 5.0])
-def test_mixup(alpha):
-    torch.manual_seed(0)
-    n = 1000
-    # channel i of a mixture: the share of image i in it
-    images = torch.eye(n).view(n, n, 1, 1).contiguous(memory_format=torch.channels_last)
-    mixed = mixup(images, alpha, torch.Generator().manual_seed(0))
-    assert mixed.is_contiguous(memory_format=torch.channels_last)
-    mixed = mixed.flatten(1)
-    own = mixed.diagonal()
-    assert torch.allclose(mixed.sum(dim=1), torch.ones(n))
-    assert (mixed.count_nonzero(dim=1) <= 2).all() and 0.5 < (own < 0.999).float().mean()
-    x = torch.distributions.Beta(alpha, alpha).sample((100_000,))
-    assert own.min() >= 0.5 and own.mean().item() == pytest.approx(torch.maximum(x, 1 - x).mean().item(), abs=0.02)
 
 
 def test_each_image_has_its_own_draws():

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -211,8 +212,7 @@ def test_what_is_learnt_from_teachers(finished, dataset, tmp_path, monkeypatch):
     last = teacher.classifier[2]
     last.weight.data, last.bias.data = last.weight.data.roll(1, dims=0), last.bias.data.roll(1, dims=0)
     save_weights(tmp_path / "teacher.pkl", teacher, facts.pop("network"), **facts)
-    options = ("--recipe", "fast", "--lr", "0.02", "--set", "mixup=0.5",
-               "--teachers", str(tmp_path / "teacher.pkl"))
+    options = ("--recipe", "fast", "--lr", "0.02", "--teachers", str(tmp_path / "teacher.pkl"))
     whole, parts = whole_and_in_parts(dataset, tmp_path, monkeypatch, *options)
     assert_same_runs(whole, parts)
     assert float(rows_of(whole)[-1]["test_accuracy"]) < 5
@@ -221,6 +221,13 @@ def test_what_is_learnt_from_teachers(finished, dataset, tmp_path, monkeypatch):
     assert eval.evaluate(student, Split(test.images, (test.labels + 1) % 10))[0] > 60
     assert json.loads((whole / "result.json").read_text())["teachers"] == [
         f"report, recipe report, seed 0, {facts['epochs']:g} epochs, {facts['accuracy']:.2f} %"]
+
+
+def test_teachers_of_the_committed_weights():
+    """Those in the README's command are those that the recorded run had."""
+    named = re.findall(r"docs/best/teachers/\S+\.pkl", (ROOT / "README.md").read_text(encoding="utf-8"))
+    recorded = json.loads((ROOT / "docs/best/taught-gated-seed0/result.json").read_text())["teachers"]
+    assert [train.describe(load_weights(ROOT / name)[1]) for name in named] == recorded
 
 
 def test_teachers_that_have_seen_the_held_out_images(finished, dataset, tmp_path, capsys):
