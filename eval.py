@@ -1,16 +1,16 @@
-"""Test a trained network on CIFAR-10's 10,000 test images, or let it name the classes of pictures.
+"""Test a trained network on the 10,000 test images of CIFAR-10, or classify images of your own.
 
     python eval.py                               accuracy of weights.pkl, class by class
-    python eval.py --confusion confusion.png     and the confusion matrix as a graph
-    python eval.py --full                        and how sure, how well calibrated, how robust
-    python eval.py --tta                         and the accuracy with ten views of each image
-    python eval.py --image cat.jpg ship.png      the three likeliest classes of any picture
+    python eval.py --weights runs/mine.pkl       of other weights
+    python eval.py --confusion confusion.png     also draw the confusion matrix
+    python eval.py --full                        also confidence interval, calibration, corruptions
+    python eval.py --tta                         also the accuracy with test-time augmentation
+    python eval.py --image cat.jpg ship.png      the three likeliest classes of any image
 
 Exit status: 0 when the accuracy reaches --min-accuracy, 1 when it does not, 2 for an error.
 """
 
 import argparse
-import ctypes
 import json
 import math
 import sys
@@ -18,34 +18,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (
-    CLASSES,
-    DataError,
-    Split,
-    batches,
-    corruptions,
-    default_data_dir,
-    load_cifar10,
-    read_picture,
-    replacing,
-)
-from model import ModelError, count_parameters, fold_batch_norm, load_weights
+import model
+from data import CLASSES, DEFAULT_DATA_DIR, DataError, Split, batches, load_cifar10
 
-BATCH_SIZE = 25  # a layer's output stays in the cache; train.py measures with it too, so both give the same digits
-
-
-# --- measuring --------------------------------------------------------------------------------
-
+# --- metrics --------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def infer(network: nn.Module, split: Split, batch_size: int = BATCH_SIZE) -> torch.Tensor:
+def infer(network: nn.Module, split: Split, batch_size: int | None = None) -> torch.Tensor:
     """Log-probabilities (N, 10) of the images of `split`, on its device."""
-    folded = fold_batch_norm(network).to(memory_format=torch.channels_last)  # as the batches are
-    return torch.cat([folded(images) for images, _ in batches(split, batch_size)])
+    if batch_size is None:  # small on a CPU, so that the output of a layer stays in the cache
+        batch_size = 25 if split.images.device.type == "cpu" else 1000
+    network = model.export(network).to(memory_format=torch.channels_last)
+    return torch.cat([network(images) for images, _ in batches(split, batch_size)])
 
 
 def accuracy_and_loss(log_probabilities: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
@@ -60,7 +49,7 @@ def evaluate(network: nn.Module, split: Split) -> tuple[float, float]:
 
 
 def confidence_interval(accuracy: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval, in percent, for an accuracy in percent that was measured on n images."""
+    """The 95 % Wilson interval, in percent, of an accuracy in percent on n images."""
     p, z = accuracy / 100, 1.96
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -68,256 +57,231 @@ def confidence_interval(accuracy: float, n: int) -> tuple[float, float]:
 
 
 def calibration_error(log_probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
-    """The expected calibration error in percent: by how much confidence and accuracy differ (arXiv 1706.04599).
+    """The expected calibration error in percent (Guo et al. 2017, arXiv 1706.04599).
 
-    The images are binned by their likeliest class's probability; each bin counts by its number of images.
+    Images are binned by the probability of their likeliest class. The result is the mean difference
+    between confidence and accuracy, weighted by the images in each bin.
     """
-    confidence, guess = log_probabilities.exp().max(dim=1)
+    confidence, predicted = log_probabilities.exp().max(dim=1)
     bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    excess = torch.zeros(bins, device=labels.device).index_add_(0, bin_of, confidence - (guess == labels).float())
+    excess = torch.zeros(bins, device=labels.device)
+    excess.index_add_(0, bin_of, confidence - (predicted == labels).float())
     return 100 * excess.abs().sum().item() / len(labels)
 
 
-def augmented_infer(network: nn.Module, split: Split, batch_size: int = BATCH_SIZE) -> torch.Tensor:
-    """Test-time augmentation: log-probabilities (N, 10) of each image's mean over ten views.
-
-    The image, and it shifted by one pixel along both diagonals; each as it is and mirrored.
-    """
-    padded = F.pad(split.images, (0, 0, 1, 1, 1, 1))
-    shifted = [padded[:, row : row + 32, column : column + 32]
-               for row, column in ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))]
-    views = shifted + [images.flip(2) for images in shifted]
-    probabilities = [infer(network, Split(images, split.labels), batch_size).exp() for images in views]
-    return torch.stack(probabilities).mean(dim=0).log()
-
-
-def robustness(network: nn.Module, split: Split, batch_size: int = BATCH_SIZE) -> dict[str, float]:
-    """The accuracy in percent under each of data.corruptions."""
-    accuracies = {}
-    for name, spoil in corruptions().items():
-        spoilt = Split(spoil(split.images.cpu()).to(split.images.device), split.labels)
-        accuracies[name], _ = accuracy_and_loss(infer(network, spoilt, batch_size), split.labels)
-    return accuracies
-
-
 def confusion_matrix(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Counts (10, 10): images of class `row` that were taken for class `column`."""
+    """Counts (10, 10): images of class `row` that were predicted as class `column`."""
     cells = labels * len(CLASSES) + log_probabilities.argmax(dim=1)
     return torch.bincount(cells, minlength=len(CLASSES) ** 2).view(len(CLASSES), len(CLASSES)).cpu()
 
 
 def precision_and_recall(confusion: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Both in percent, a class each; 0 for a class that was never predicted or has no image."""
+    """Both in percent for each class; 0 for a class that was never predicted or has no images."""
     hits = 100.0 * confusion.diagonal()
     return (hits / confusion.sum(dim=0).clamp(min=1)).tolist(), (hits / confusion.sum(dim=1).clamp(min=1)).tolist()
 
 
-def frequent_confusions(confusion: torch.Tensor, most: int = 5) -> list[tuple[int, str, str]]:
-    """The `most` commonest mistakes, as (count, class, what it was taken for)."""
-    mistakes = [
-        (int(confusion[true, guess]), CLASSES[true], CLASSES[guess])
-        for true in range(len(CLASSES)) for guess in range(len(CLASSES)) if true != guess
-    ]
-    return [mistake for mistake in sorted(mistakes, reverse=True)[:most] if mistake[0] > 0]
+def tta_infer(network: nn.Module, split: Split, batch_size: int | None = None) -> torch.Tensor:
+    """Log-probabilities (N, 10) with test-time augmentation: the mean probability over ten views of each image.
+
+    The views are the image and its shifts by one pixel along both diagonals, each with its mirror image.
+    """
+    padded = F.pad(split.images, (0, 0, 1, 1, 1, 1))
+    corners = ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))
+    shifted = [padded[:, row : row + 32, column : column + 32] for row, column in corners]
+    views = shifted + [images.flip(2) for images in shifted]
+    probabilities = [infer(network, Split(images, split.labels), batch_size).exp() for images in views]
+    return torch.stack(probabilities).mean(dim=0).log()
 
 
-# --- showing ----------------------------------------------------------------------------------
+def corruptions() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Four corruptions, each uint8 (N, 3, 32, 32) -> the same, on the CPU, at the third of the five severities of
+    CIFAR-10-C (Hendrycks & Dietterich 2019, arXiv 1903.12261)."""
+    from torchvision.transforms.v2 import functional  # slow to import, and needed only here
+
+    def gaussian_noise(images: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+        return (images + 0.08 * 255 * noise).round().clamp(0, 255).byte()
+
+    def contrast(images: torch.Tensor) -> torch.Tensor:
+        mean = images.float().mean(dim=(2, 3), keepdim=True)
+        return (mean + 0.4 * (images - mean)).round().byte()
+
+    return {
+        "gaussian noise": gaussian_noise,
+        "gaussian blur": lambda images: functional.gaussian_blur(images, kernel_size=5, sigma=0.7),
+        "jpeg": lambda images: torch.stack([functional.jpeg(image, quality=58) for image in images]),
+        "contrast": contrast,
+    }
 
 
-def describe(network: nn.Module, facts: dict) -> str:
-    """One line on what the weights file holds."""
-    trainable, total = count_parameters(network)
-    return (
-        f"{type(network).__name__}, {trainable:,} trainable of {total:,} parameters; "
-        f"recipe {facts.get('recipe', '?')}, seed {facts.get('seed', '?')}, {facts.get('epochs', math.nan):g} epochs"
-    )
+def corruption_accuracy(network: nn.Module, split: Split, batch_size: int | None = None) -> dict[str, float]:
+    """The accuracy in percent under each of the corruptions."""
+    images, device = split.images.cpu().permute(0, 3, 1, 2), split.images.device
+    accuracies = {}
+    for name, corrupt in corruptions().items():
+        corrupted = Split(corrupt(images).permute(0, 2, 3, 1).to(device), split.labels)
+        accuracies[name], _ = accuracy_and_loss(infer(network, corrupted, batch_size), split.labels)
+    return accuracies
 
 
-def class_table(confusion: torch.Tensor) -> str:
-    rows = [f"{'class':12}{'precision':>10}{'recall':>9}"]
-    for name, precision, recall in zip(CLASSES, *precision_and_recall(confusion)):
-        rows.append(f"{name:12}{precision:9.1f}%{recall:8.1f}%")
-    return "\n".join(rows)
+# --- images of your own ---------------------------------------------------------------------------
 
-
-def plot_confusion(confusion: torch.Tensor, title: str, path: Path) -> None:
-    import matplotlib  # slow to import, and needed only here
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
-    axes.imshow(confusion.numpy(), cmap="Blues")
-    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
-    axes.set_yticks(range(len(CLASSES)), CLASSES)
-    axes.set(xlabel="taken for", ylabel="class", title=title)
-    dark = confusion.max() / 2
-    for true, row in enumerate(confusion.tolist()):
-        for guess, count in enumerate(row):
-            axes.text(guess, true, count, ha="center", va="center", fontsize=8,
-                      color="white" if count > dark else "black")
-    with replacing(path) as part:
-        fig.savefig(part, dpi=120, format="png")
-    plt.close(fig)
-
-
-# --- shared with train.py ---------------------------------------------------------------------
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `--device` names: cpu, cuda, mps, or auto for the fastest that is there.
+def load_image(path: str) -> torch.Tensor:
+    """The central square of any image file, as uint8 (1, 32, 32, 3): upright, and on white where it is transparent.
 
     Raises:
-        ModelError: the named device is not there.
+        DataError: there is no such file, or it is not an image.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, available in there.items() if available)
-    elif not there[name]:
-        raise ModelError(f"PyTorch finds no {name} device on this machine: leave --device away")
-    return torch.device(name)
+    from PIL import Image, ImageOps  # torchvision brings Pillow
 
-
-def positive(kind: type) -> Callable[[str], int | float]:
-    """A parser of numbers of this kind above zero, for argparse."""
-
-    def parse(text: str) -> int | float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above zero")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
-def command_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that both commands have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", default=default_data_dir(), metavar="DIR",
-                        help="where CIFAR-10 is or goes (default: $CIFAR10_DIR, else data; now %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                        help="where to compute; auto takes the fastest there is (default: %(default)s)")
-    return parser
-
-
-def exit_status(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """What `run(args)` returns, or 2 and one sentence on stderr when it meets an error."""
     try:
-        return run(args)
-    except (DataError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error}: mend that, or name another place for the file", file=sys.stderr)
-    return 2
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error}): name a JPEG or PNG file") from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = ImageOps.fit(image, (32, 32), method=Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image))[None]
 
 
-# --- the command ------------------------------------------------------------------------------
+def classify(network: nn.Module, paths: list[str], device: torch.device) -> dict[str, dict[str, float]]:
+    """The three likeliest classes of each image file, with their probabilities in percent."""
+    images = torch.cat([load_image(path) for path in paths])
+    split = Split(images, torch.zeros(len(paths), dtype=torch.long)).to(device)  # the labels are not used
+    probabilities, classes = infer(network, split).exp().cpu().topk(3)
+    return {
+        path: {CLASSES[k]: round(100 * p, 1) for k, p in zip(ks, ps, strict=True)}
+        for path, ks, ps in zip(paths, classes.tolist(), probabilities.tolist(), strict=True)
+    }
 
+
+# --- the report -----------------------------------------------------------------------------------
+
+def make_report(network: nn.Module, metadata: dict, test: Split, args: argparse.Namespace) -> dict:
+    """Everything that is measured, under the names that --json prints."""
+    start = time.perf_counter()
+    log_probabilities = infer(network, test, args.batch_size)
+    seconds = time.perf_counter() - start
+    accuracy, loss = accuracy_and_loss(log_probabilities, test.labels)
+    confusion = confusion_matrix(log_probabilities, test.labels)
+    precision, recall = precision_and_recall(confusion)
+    report = {
+        "trained": metadata, "parameters": model.count_parameters(network),
+        "images": len(test.labels), "accuracy": accuracy, "loss": loss, "passed": accuracy >= args.min_accuracy,
+        "images_per_second": len(test.labels) / seconds,
+        "precision": dict(zip(CLASSES, precision, strict=True)), "recall": dict(zip(CLASSES, recall, strict=True)),
+        "confusion": confusion.tolist(),
+    }
+    if args.full:
+        report["interval"] = confidence_interval(accuracy, len(test.labels))
+        report["calibration_error"] = calibration_error(log_probabilities, test.labels)
+        report["corruption_accuracy"] = corruption_accuracy(network, test, args.batch_size)
+    if args.tta:
+        report["tta_accuracy"], _ = accuracy_and_loss(tta_infer(network, test, args.batch_size), test.labels)
+    return report
+
+
+def print_report(report: dict, device: torch.device, min_accuracy: float) -> None:
+    print(f"{model.describe_training(report['trained'])}: {report['parameters']:,} parameters")
+    print(f"{report['images']:,} test images: accuracy {report['accuracy']:.2f} %, loss {report['loss']:.4f} "
+          f"({report['images_per_second']:,.0f} images per second on {device})")
+    print(f"\n{'class':12}{'precision':>10}{'recall':>9}")
+    for name in CLASSES:
+        print(f"{name:12}{report['precision'][name]:9.1f}%{report['recall'][name]:8.1f}%")
+    print()
+    mistakes = [(count, CLASSES[i], CLASSES[j]) for i, row in enumerate(report["confusion"])
+                for j, count in enumerate(row) if i != j and count]
+    for count, name, predicted in sorted(mistakes, reverse=True)[:5]:
+        print(f"{count:5} images of class {name} were classified as {predicted}")
+    if "interval" in report:
+        low, high = report["interval"]
+        print(f"\n95 % confidence interval        {low:.2f} to {high:.2f} %")
+        print(f"expected calibration error      {report['calibration_error']:6.2f} %")
+        for name, percent in report["corruption_accuracy"].items():
+            print(f"accuracy under {name:16} {percent:6.2f} %")
+    if "tta_accuracy" in report:
+        print(f"\nwith test-time augmentation, ten views an image: {report['tta_accuracy']:.2f} %")
+    print(f"\n{'PASSED' if report['passed'] else 'FAILED'}: {report['accuracy']:.2f} % is "
+          f"{'at least' if report['passed'] else 'below'} the bar of {min_accuracy:g} %")
+
+
+def plot_confusion(report: dict, path: Path) -> None:
+    """Draw the confusion matrix as a PNG file."""
+    from matplotlib.figure import Figure  # slow to import, and needed only here
+
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.subplots()
+    confusion = np.array(report["confusion"])
+    axes.imshow(confusion, cmap="Blues")
+    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
+    axes.set_yticks(range(len(CLASSES)), CLASSES)
+    axes.set(xlabel="predicted class", ylabel="class", title=f"CIFAR-10 test set: {report['accuracy']:.2f} %")
+    for (row, column), count in np.ndenumerate(confusion):
+        axes.text(column, row, count, ha="center", va="center", fontsize=8,
+                  color="white" if count > confusion.max() / 2 else "black")
+    figure.savefig(path, dpi=120, format="png")
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--weights", default="weights.pkl", metavar="FILE", help="what train.py wrote (default: %(default)s)")
-    add("--batch-size", type=positive(int), default=BATCH_SIZE, metavar="N",
-        help="images at a time (default: %(default)s)")
+    add("--weights", default="weights.pkl", metavar="FILE", help="written by train.py (default: %(default)s)")
+    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR",
+        help="the folder with CIFAR-10 (default: $CIFAR10_DIR, or else data; now %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="where to compute; auto is the fastest one available (default: %(default)s)")
+    add("--batch-size", type=int, metavar="N", help="images at a time (default: 25 on a CPU, 1,000 elsewhere)")
     add("--min-accuracy", type=float, default=80.0, metavar="PERCENT",
         help="the bar for exit status 0 (default: %(default)s)")
-    add("--json", action="store_true", help="print one JSON object instead of the report (default: off)")
-    add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix there (default: not drawn)")
+    add("--json", action="store_true", help="print one JSON object instead of text (default: off)")
+    add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix (default: not drawn)")
     add("--full", action="store_true",
-        help="also the accuracy's 95 %% interval, calibration, accuracy on spoilt images (default: off)")
-    add("--tta", action="store_true",
-        help="also the accuracy of ten views of each image, shifted and mirrored (default: off)")
-    add("--image", nargs="+", metavar="FILE", help="classify these pictures; needs no data set (default: none)")
+        help="also the 95 %% confidence interval, the calibration error, and the accuracy on corrupted images")
+    add("--tta", action="store_true", help="also the accuracy with test-time augmentation, ten views of each image")
+    add("--image", nargs="+", metavar="FILE", help="classify these images instead; needs no data set")
     return parser
-
-
-def classify_pictures(network: nn.Module, paths: list[str], device: torch.device, as_json: bool) -> None:
-    """Print the three likeliest classes of each picture."""
-    images = torch.cat([read_picture(path) for path in paths])
-    unknown = torch.zeros(len(paths), dtype=torch.long)
-    probabilities, classes = infer(network, Split(images, unknown).to(device)).exp().cpu().topk(3)
-    guesses = {
-        path: {CLASSES[k]: round(100 * p, 1) for k, p in zip(ks, ps)}
-        for path, ks, ps in zip(paths, classes.tolist(), probabilities.tolist())
-    }
-    if as_json:
-        print(json.dumps(guesses))
-    else:
-        for path, guess in guesses.items():
-            print(f"{path}: " + ", ".join(f"{name} {percent:.1f} %" for name, percent in guess.items()))
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensors; handed back, the kernel clears each page of it anew.
-
-    Does nothing where the C library is another.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
-        libc.mallopt(-3, 2**30)      # M_MMAP_THRESHOLD
 
 
 def run(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
-    network, facts = load_weights(args.weights)
+    device = model.pick_device(args.device)
+    network, metadata = model.load_weights(args.weights)
     network = network.to(device)
     if args.image:
-        classify_pictures(network, args.image, device, args.json)
+        guesses = classify(network, args.image, device)
+        if args.json:
+            print(json.dumps(guesses))
+        else:
+            for path, guess in guesses.items():
+                print(f"{path}: " + ", ".join(f"{name} {percent:.1f} %" for name, percent in guess.items()))
         return 0
-
     (test,) = load_cifar10(args.data_dir, ("test",))
-    test = test.to(device)
-    start = time.perf_counter()
-    log_probabilities = infer(network, test, args.batch_size)
-    accuracy, loss = accuracy_and_loss(log_probabilities, test.labels)
-    seconds = time.perf_counter() - start
-    confusion = confusion_matrix(log_probabilities, test.labels)
-    passed = accuracy >= args.min_accuracy
-    more = {}
-    if args.full:
-        more["interval"] = confidence_interval(accuracy, len(test.labels))
-        more["calibration_error"] = calibration_error(log_probabilities, test.labels)
-        more["corrupted"] = robustness(network, test, args.batch_size)
-    if args.tta:
-        more["tta_accuracy"], _ = accuracy_and_loss(augmented_infer(network, test, args.batch_size), test.labels)
+    report = make_report(network, metadata, test.to(device), args)
     if args.confusion:
-        plot_confusion(confusion, f"CIFAR-10 test set: {accuracy:.2f} %", args.confusion)
+        plot_confusion(report, args.confusion)
     if args.json:
-        precision, recall = precision_and_recall(confusion)
-        trainable, total = count_parameters(network)
-        print(json.dumps({
-            "network": type(network).__name__, "parameters": total, "trainable": trainable, "trained": facts,
-            "images": len(test.labels), "accuracy": accuracy, "loss": loss,
-            "precision": dict(zip(CLASSES, precision)), "recall": dict(zip(CLASSES, recall)),
-            "images_per_second": len(test.labels) / seconds, "passed": passed, **more,
-        }, default=str))
-        return 0 if passed else 1
-
-    print(describe(network, facts))
-    print(f"{len(test.labels):,} test images: accuracy {accuracy:.2f} %, loss {loss:.4f} "
-          f"({len(test.labels) / seconds:,.0f} images per second on {device})\n")
-    print(class_table(confusion) + "\n")
-    for count, name, guess in frequent_confusions(confusion):
-        print(f"{count:5} times {name} was taken for {guess}")
-    if args.full:
-        low, high = more["interval"]
-        print(f"\n95 % interval of the accuracy    {low:.2f} to {high:.2f} %")
-        print(f"expected calibration error      {more['calibration_error']:6.2f} %")
-        for name, percent in more["corrupted"].items():
-            print(f"accuracy under {name:16} {percent:6.2f} %")
-    if args.tta:
-        print(f"\nwith test-time augmentation, ten views an image: {more['tta_accuracy']:.2f} %")
-    print(f"\n{'PASSED' if passed else 'FAILED'}: {accuracy:.2f} % is "
-          f"{'at least' if passed else 'below'} the bar of {args.min_accuracy:g} %")
-    return 0 if passed else 1
+        print(json.dumps(report))
+    else:
+        print_report(report, device, args.min_accuracy)
+    return 0 if report["passed"] else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    keep_freed_memory()
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch-size is {args.batch_size}: it must be above 0")
+    model.reuse_freed_memory()
     try:
-        return exit_status(run, make_parser().parse_args(argv))
+        return run(args)
+    except (DataError, model.ModelError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

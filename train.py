@@ -1,13 +1,14 @@
 """Train a CIFAR-10 classifier of at most 50,000 parameters and save its weights.
 
-    python train.py                              the recipe "fast", seed 0 -> weights.pkl
-    python train.py --epochs 1                   any recipe in less time, or more: the schedule stretches
-    python train.py --recipe report              the report's network and recipe
-    python train.py --recipe best                an hour and a half, for the accuracy
-    python train.py --teachers A B               learn from the networks whose weights A and B are, not the labels
-    python train.py --validate                   measure on 5,000 held-out training images instead
-    python train.py --resume                     go on after an interruption
-    python train.py --plots-only --run-dir DIR   draw DIR's two graphs again from its metrics.csv
+    python train.py                               recipe "fast": minutes on two CPU cores -> weights.pkl
+    python train.py --out runs/mine.pkl           the same, and weights.pkl stays as it is
+    python train.py --epochs 1                    less time, or more: the learning rate schedule stretches
+    python train.py --recipe report               the report's network and settings
+    python train.py --recipe best                 an hour and a half, for accuracy
+    python train.py --recipe best --teachers A B  distillation from the networks saved in A and B
+    python train.py --validate                    hold out 5,000 training images and measure on them
+    python train.py --resume                      continue an interrupted run
+    python train.py --plots-only --run-dir DIR    draw the graphs of a run again from its metrics.csv
 
 A run leaves metrics.csv, accuracy.png, loss.png, result.json and checkpoint.pt in its directory.
 """
@@ -15,557 +16,415 @@ A run leaves metrics.csv, accuracy.png, loss.png, result.json and checkpoint.pt 
 import argparse
 import csv
 import dataclasses
-import functools
 import json
 import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout  # a dependency of torch
 from torch import nn
 
-from data import DataError, Split, batches, enlarge, load_training_data, redraw, replacing, shrink
-from eval import command_parser, evaluate, exit_status, pick_device, positive
-from model import ModelError, build_network, count_parameters, fold_batch_norm, load_weights, read_archive, save_weights
+import model
+from data import DEFAULT_DATA_DIR, DataError, TrainLoader, load_training_data, resize
+from eval import evaluate
 
-# --- recipes ----------------------------------------------------------------------------------
 
+class TrainingError(Exception):
+    """A run that cannot start or continue; the message says what to do."""
+
+
+# --- recipes --------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that decides a result besides the seed; what each value was chosen for stands in RECIPES."""
+    """Everything that decides a result, except the seed and the teachers. Raises TrainingError for a bad value."""
 
-    network: str          # the name by which model.build_network knows it
-    max_degrees: float    # the mirrored form of an image is turned by up to this angle
-    together: int         # images that share a draw of AutoAugment
-    augment_turned: bool  # the mirrored form goes through AutoAugment too
-    redraw: bool          # the enlarged set is drawn anew for each pass through it
-    crop: int             # pixels by which an image is shifted at most, a draw a batch and image
-    small: float          # share of the steps on shrunken images: half of them 16x16, then as many 24x24
-    epochs: float         # passes through the enlarged set; the last one may be a part of it
-    batch_size: int       # images a step
-    lr: float             # the highest learning rate
-    vector_lr: float      # with muon, that of all but the convolutions' weights
-    warmup: float         # share of the steps over which the rates rise to it from zero
-    final_lr: float       # share of the rates that is left at the last step, reached along half a cosine
-    optimizer: str        # a key of OPTIMIZERS
-    momentum: float       # SGD's and Muon's momentum, Adam's beta1
-    weight_decay: float   # on every parameter that lr is for
-    label_smoothing: float  # share of the target that all ten classes have in common
-    temperature: float    # with --teachers, that of the probabilities which are learnt from them
-    dropout: float        # share of the features dropped before the linear layer
-    bfloat16: bool        # the network computes in bfloat16 where the hardware does; weights stay float32
-    compile: bool         # torch.compile on a CPU: equal up to rounding and which features dropout draws
+    network: str                        # a key of model.NETWORKS
+    # optimisation
+    epochs: float                       # passes through the augmented training set; the last may be partial
+    batch_size: int
+    optimizer: str                      # one of OPTIMIZERS
+    lr: float                           # peak learning rate
+    weight_decay: float
+    warmup_fraction: float              # share of the steps in which the learning rate rises
+    # regularisation
+    dropout: float = 0.0                # of the features before the linear layer
+    label_smoothing: float = 0.0        # Szegedy et al. 2016, arXiv 1512.00567; unused with teachers
+    # augmentation: see data.TrainLoader
+    resample: bool = False
+    autoaugment_group_size: int = 1
+    autoaugment_flipped: bool = False
+    crop_padding: int = 0
+    # speed
+    low_resolution_share: float = 0.0   # share of the steps on small images
+    amp_bf16: bool = False              # bfloat16 autocast, where the hardware computes in bfloat16
 
     def __post_init__(self):
-        fits = (
-            0 < self.epochs < math.inf and self.batch_size > 0 and self.together > 0 and self.optimizer in OPTIMIZERS
-            and all(0 < value < math.inf for value in (self.lr, self.vector_lr, self.temperature))
-            and all(0 <= share < 1 for share in (self.warmup, self.momentum, self.dropout))
-            and all(0 <= share <= 1 for share in (self.small, self.final_lr, self.label_smoothing))
-            and 0 <= self.weight_decay < math.inf and 0 <= self.max_degrees <= 180 and 0 <= self.crop <= 32
-        )
-        if not fits:
-            raise ModelError(f"no recipe can have these values, one of them is out of range: {self}")
+        rules = [
+            ("network", self.network in model.NETWORKS, f"one of {', '.join(model.NETWORKS)}"),
+            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("crop_padding", 0 <= self.crop_padding <= 32, "from 0 to 32"),
+        ]
+        for name in ("epochs", "batch_size", "lr", "autoaugment_group_size"):
+            rules.append((name, 0 < getattr(self, name) < math.inf, "above 0"))
+        for name in ("warmup_fraction", "dropout", "label_smoothing", "low_resolution_share"):
+            rules.append((name, 0 <= getattr(self, name) < 1, "at least 0 and below 1"))
+        for name, is_kept, rule in rules:
+            if not is_kept:
+                raise TrainingError(f"{name} is {getattr(self, name)!r}: it must be {rule}")
 
 
-Optimizers = list[torch.optim.Optimizer]
-
-
-def sgd(parameters: Iterable[torch.Tensor], lr: float, recipe: Recipe, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        parameters, lr=lr, momentum=recipe.momentum, weight_decay=weight_decay, nesterov=recipe.momentum > 0)
-
-
-def muon(network: nn.Module, recipe: Recipe) -> Optimizers:
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the convolutions' weights, SGD for the rest.
-
-    Muon takes matrices: a network for it keeps its convolutions' weights as such. It replaces each
-    gradient by the nearest matrix whose rows are orthogonal, so that all directions are learnt at one rate.
-    """
-    matrices = [p for name, p in network.named_parameters() if p.ndim == 2 and not name.startswith("classifier")]
-    if not matrices:
-        raise ModelError("muon finds no convolution's weights kept as a matrix: choose another optimizer or network")
-    taken = {id(p) for p in matrices}
-    return [
-        torch.optim.Muon(matrices, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
-                         ns_steps=3),  # its iteration's default is five: three are enough for a direction
-        sgd([p for p in network.parameters() if id(p) not in taken], recipe.vector_lr, recipe, 0.0),
-    ]
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe], Optimizers]] = {
-    "sgd": lambda network, r: [sgd(network.parameters(), r.lr, r, r.weight_decay)],
-    "adam": lambda network, r: [torch.optim.AdamW(
-        network.parameters(), lr=r.lr, betas=(r.momentum, 0.999), weight_decay=r.weight_decay)],
-    "muon": muon,
-}
+OPTIMIZERS = ("sgd", "adamw", "muon")
 
 RECIPES = {
+    # epochs, batch size, learning rate and dropout are the report's; it names no optimizer and no schedule
     "report": Recipe(
-        network="report",
-        epochs=20, batch_size=250, lr=0.03, dropout=0.2,  # the report's own values
-        # the report has none of these
-        crop=0, small=0.0, label_smoothing=0.0, temperature=1.0, bfloat16=False,
-        max_degrees=15.0, together=1, augment_turned=False, redraw=False,  # the report says no angle; not tuned
-        # The report names no optimiser and no schedule: decay and weight decay paid on the held-out images,
-        # AdamW was ahead of SGD after two epochs and has not been tried for twenty, see the README.
-        optimizer="sgd", momentum=0.9, weight_decay=5e-4, final_lr=0.0, vector_lr=0.03,
-        warmup=0.1,        # usual; not tuned
-        compile=True,      # 1.4 to 1.5 times the images per second on two cores: docs/benchmark.txt
+        network="report", epochs=20, batch_size=250, optimizer="sgd", lr=0.03, weight_decay=5e-4, warmup_fraction=0.1,
+        dropout=0.2,
     ),
+    # much accuracy in little time; docs/notes.md tells how the values were chosen
     "fast": Recipe(
-        # chosen on the held-out images, the table is in docs/fast; what it does not name was not tuned
-        network="paired 64x3@16 64x4@8",
-        epochs=2.5,        # about four minutes on two cores; more of them reach further
-        batch_size=128,    # 256 is behind in a short run
-        optimizer="muon", lr=0.2, vector_lr=0.1, momentum=0.9, weight_decay=0.01,
-        warmup=0.15, final_lr=0.0,
-        crop=2, small=0.3, label_smoothing=0.1, temperature=1.0,
-        max_degrees=15.0, together=16, augment_turned=False, redraw=True,  # draws of AutoAugment cost seconds a pass
-        dropout=0.0,
-        bfloat16=True, compile=False,
+        network="grouped", epochs=2.5, batch_size=128, optimizer="muon", lr=0.2, weight_decay=0.01,
+        warmup_fraction=0.15, label_smoothing=0.1, resample=True, autoaugment_group_size=16, crop_padding=2,
+        low_resolution_share=0.3, amp_bf16=True,
     ),
 }
+# for long runs, with or without teachers
 RECIPES["best"] = dataclasses.replace(
-    RECIPES["fast"],  # and what is for long runs, with --teachers or without; docs/best tells why
-    network="gated 32x0@32 64x3@16 64x4@8",
-    epochs=40, lr=0.1, crop=4, augment_turned=True, temperature=2.0,
-)
+    RECIPES["fast"], network="gated", epochs=40, lr=0.1, autoaugment_flipped=True, crop_padding=4)
 
 
-@functools.cache
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works and pays there: it was measured to pay on CPUs, and needs a C++ compiler."""
-    if device.type != "cpu":
-        return False
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(4))
-        return True
-    except Exception as error:  # no compiler, no Python.h, no OpenMP, a Python newer than torch knows: all mean no
-        reason = str(error).strip().splitlines() or ["for no stated reason"]
-        print(f"training without torch.compile, which fails here: {reason[0][:200]}", file=sys.stderr)
-        return False
+# --- optimisation ---------------------------------------------------------------------------------
+
+TEMPERATURE = 2.0  # of distillation; not tuned
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16; others emulate it, slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # get_capabilities is newer than the oldest PyTorch that will do
-    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """SGD, AdamW, or Muon for the flip-equivariant convolutions with SGD for all other parameters.
 
-
-def rate_share(recipe: Recipe, progress: float) -> float:
-    """The share of the highest rate when a share `progress` (0..1) of the steps is done.
-
-    Up along a line while it warms up, then down along half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983).
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the update of a weight matrix,
+    so that all its directions are learned at one rate.
     """
-    if progress < recipe.warmup:
-        return progress / recipe.warmup
-    decay = (progress - recipe.warmup) / (1 - recipe.warmup)
-    return recipe.final_lr + (1 - recipe.final_lr) * (1 + math.cos(math.pi * decay)) / 2
+    sgd = {"momentum": 0.9, "nesterov": True}
+    if recipe.optimizer == "sgd":
+        return [torch.optim.SGD(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **sgd)]
+    if recipe.optimizer == "adamw":
+        return [torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)]
+    matrices = [p for p in network.features.parameters() if p.ndim == 2]
+    others = [p for p in network.parameters() if all(p is not matrix for matrix in matrices)]
+    if not matrices:
+        raise TrainingError(f"optimizer is 'muon': the network {recipe.network!r} has no weight matrices, choose 'sgd'")
+    # three iterations of the orthogonalisation, not five: an approximation is enough
+    return [torch.optim.Muon(matrices, recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9, ns_steps=3),
+            torch.optim.SGD(others, 0.1, **sgd)]
 
 
-def image_side(recipe: Recipe, progress: float) -> int:
-    """The side in pixels of the images that are trained on when a share `progress` of the steps is done.
+def lr_factor(progress: float, warmup_fraction: float) -> float:
+    """The share of the peak learning rate after a share `progress` of the steps.
 
-    An image of 16x16 has a quarter of the multiply-adds (fast.ai's progressive resizing, 2018).
+    Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017, arXiv 1608.03983).
     """
-    if progress > recipe.small:
+    if progress < warmup_fraction:
+        return progress / warmup_fraction
+    return (1 + math.cos(math.pi * (progress - warmup_fraction) / (1 - warmup_fraction))) / 2
+
+
+def image_size(progress: float, low_resolution_share: float) -> int:
+    """The side of the training images in pixels: 16, then 24, then 32 (progressive resizing, fast.ai 2018)."""
+    if progress >= low_resolution_share:
         return 32
-    return 16 if progress <= recipe.small / 2 else 24
+    return 16 if progress < low_resolution_share / 2 else 24
 
 
-# --- training ---------------------------------------------------------------------------------
+def distillation_loss(log_probabilities: torch.Tensor, teachers: list[nn.Module], images: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy with the teachers' mean probabilities, both softened (Hinton et al. 2015, arXiv 1503.02531).
 
-
-def smoothed_loss(log_probabilities: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Mean negative log-likelihood, with a share `smoothing` of the target spread over all classes.
-
-    As F.cross_entropy's label_smoothing (Szegedy et al. 2016, arXiv 1512.00567), for log-probabilities.
+    The factor of TEMPERATURE gives the logits gradients of the same scale as labels do.
     """
-    loss = F.nll_loss(log_probabilities, labels)
-    return loss if smoothing == 0 else (1 - smoothing) * loss - smoothing * log_probabilities.mean()
-
-
-def soft_targets(teachers: list[nn.Module], images: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The teachers' mean probabilities (N, 10) for `images`, raised to 1 / temperature and scaled to a sum of one."""
     with torch.no_grad():
         probabilities = torch.stack([teacher(images).exp() for teacher in teachers]).mean(dim=0)
-    return F.softmax(probabilities.clamp(min=1e-6).log() / temperature, dim=1)
+    targets = F.softmax(probabilities.clamp(min=1e-6).log() / TEMPERATURE, dim=1)
+    return TEMPERATURE * F.cross_entropy(log_probabilities / TEMPERATURE, targets)
 
 
-def distillation_loss(log_probabilities: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Mean cross-entropy of the softened probabilities with `targets` (Hinton et al. 2015, arXiv 1503.02531).
-
-    Times the temperature: so the gradient at the logits is the difference of the two, as it is with labels.
-    """
-    return temperature * F.cross_entropy(log_probabilities / temperature, targets)
-
-
-def count_steps(recipe: Recipe, n: int) -> tuple[int, int]:
-    """The steps of one pass through n samples, and those of all `recipe.epochs`, at least one."""
-    steps_a_pass = math.ceil(n / recipe.batch_size)
-    return steps_a_pass, max(1, round(recipe.epochs * steps_a_pass))
-
-
-def train_epoch(
-    step_network: Callable[[torch.Tensor], torch.Tensor],
-    optimizers: Optimizers,
-    train: Split,
-    recipe: Recipe,
-    teachers: list[nn.Module],
-    epoch: int,
-    generator: torch.Generator,
+def train_one_epoch(
+    network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, optimizers: list[torch.optim.Optimizer],
+    recipe: Recipe, steps: range, total_steps: int,
 ) -> tuple[float, float]:
-    """One pass through `train`, or as much of it as is left of `recipe.epochs`.
+    """One pass through `loader`, or a part of it.
 
     Args:
-        step_network: the network, or its compiled form.
-        optimizers: of its parameters.
-        train: what to go through.
-        recipe: how.
-        teachers: networks whose probabilities are learnt instead of the labels, if there are any.
-        epoch: which pass it is, from 0.
-        generator: draws order and crops.
+        teachers: networks whose probabilities replace the labels; may be empty.
+        steps: the numbers of this epoch's steps among the `total_steps` of the run.
 
     Returns:
-        The mean negative log-likelihood and the accuracy in percent, over the pass, of the batches as they were
-        trained on.
+        The mean negative log-likelihood and the accuracy in percent, over the batches as they were trained on.
     """
-    steps_a_pass, all_steps = count_steps(recipe, len(train.images))
-    steps = min(steps_a_pass, all_steps - epoch * steps_a_pass)
-    device = train.images.device
-    # summed on the device: reading a number at every step would make a GPU wait for it
-    loss_sum = torch.zeros((), device=device)
-    correct = torch.zeros((), device=device, dtype=torch.long)
-    seen = 0
-    for step, (images, labels) in zip(range(steps), batches(train, recipe.batch_size, generator, recipe.crop)):
-        progress = (epoch * steps_a_pass + step + 1) / all_steps
+    device = next(network.parameters()).device
+    loss_sum = torch.zeros((), device=device)  # summed on the device: reading a number stalls a GPU
+    correct = torch.zeros((), device=device)
+    samples = 0
+    network.train()
+    for step, (images, labels) in zip(steps, loader, strict=False):
+        progress = (step + 0.5) / total_steps  # half a step in: the learning rate is never zero
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = group.setdefault("highest_lr", group["lr"]) * rate_share(recipe, progress)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-            targets = soft_targets(teachers, images, recipe.temperature) if teachers else None
-            log_probabilities = step_network(shrink(images, image_side(recipe, progress)))
-        if teachers:
-            loss = distillation_loss(log_probabilities, targets, recipe.temperature)
-        else:
-            loss = smoothed_loss(log_probabilities, labels, recipe.label_smoothing)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress, recipe.warmup_fraction)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp_bf16):
+            log_probabilities = network(resize(images, image_size(progress, recipe.low_resolution_share)))
+            if teachers:
+                loss = distillation_loss(log_probabilities, teachers, images)
+            else:  # of log-probabilities, this is the negative log-likelihood
+                loss = F.cross_entropy(log_probabilities, labels, label_smoothing=recipe.label_smoothing)
+        network.zero_grad()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        loss_sum += F.nll_loss(log_probabilities.detach(), labels, reduction="sum")  # as it is tested: not smoothed
+        loss_sum += F.nll_loss(log_probabilities.detach(), labels, reduction="sum")
         correct += (log_probabilities.detach().argmax(dim=1) == labels).sum()
-        seen += len(labels)
-        show_progress(step + 1, steps)
-    return loss_sum.item() / seen, 100 * correct.item() / seen
+        samples += len(labels)
+        if sys.stdout.isatty() and step % 10 == 0:
+            print(f"\r      step {step - steps[0]} of {len(steps)}\r", end="", flush=True)
+    return loss_sum.item() / samples, 100 * correct.item() / samples
 
 
-def fit(
-    network: nn.Module,
-    train: Split,
-    test: Split,
-    recipe: Recipe,
-    teachers: list[nn.Module],
-    seed: int,
-    checkpoint: dict,
-) -> Iterator[tuple[dict, dict]]:
-    """Train `network` and yield, after each epoch, its row of figures and what a checkpoint must hold.
+# --- what a run prints and leaves behind ----------------------------------------------------------
 
-    `checkpoint` is empty, or holds that of the epoch to go on from.
-
-    Every random number of an epoch follows from `seed` and the epoch's number, so a run that goes
-    on from a checkpoint draws what the uninterrupted run would have drawn.
-    """
-    optimizers = OPTIMIZERS[recipe.optimizer](network, recipe)
-    teachers = [fold_batch_norm(teacher).to(memory_format=torch.channels_last) for teacher in teachers]
-    epochs_done = checkpoint.get("epochs_done", 0)
-    if epochs_done:
-        network.load_state_dict(checkpoint["network"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-    step_network = torch.compile(network, dynamic=False) if recipe.compile else network
-
-    steps_a_pass, all_steps = count_steps(recipe, len(train.images))
-    for epoch in range(epochs_done, math.ceil(all_steps / steps_a_pass)):
-        start = time.perf_counter()
-        torch.manual_seed(seed * 10_000 + epoch)  # for dropout, on every device
-        generator = torch.Generator().manual_seed(seed * 10_000 + epoch)
-        if recipe.redraw and epoch:
-            redraw(train, seed * 10_000 + epoch, recipe.max_degrees, recipe.together, recipe.augment_turned)
-        network.train()
-        train_loss, train_accuracy = train_epoch(step_network, optimizers, train, recipe, teachers, epoch, generator)
-        test_accuracy, test_loss = evaluate(network, test)
-        row = {
-            "epoch": min(epoch + 1, recipe.epochs),
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "lr": optimizers[0].param_groups[0]["lr"],
-            "seconds": time.perf_counter() - start,
-        }
-        yield row, {
-            "epochs_done": epoch + 1,
-            "network": network.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        }
+def table_line(row: dict, epochs: float) -> str:
+    epoch, train_loss, train_accuracy, loss, accuracy, lr, seconds = row.values()
+    left = round(seconds * (epochs - epoch))
+    return (f"{epoch:5g}  {train_loss:10.4f}  {train_accuracy:8.2f}%  {loss:9.4f}  {accuracy:7.2f}%  {lr:8.5f}"
+            f"  {seconds:7.1f}  {left // 3600:3}:{left // 60 % 60:02}:{left % 60:02}")
 
 
-# --- what a run prints and leaves behind ------------------------------------------------------
-
-TABLE_HEAD = "epoch  train loss  train acc  {0} loss  {0} acc        lr  seconds  time left"
-
-
-def table_line(row: dict, epochs: int) -> str:
-    left = round(row["seconds"] * (epochs - row["epoch"]))
-    return (
-        f"{row['epoch']:5g}  {row['train_loss']:10.4f}  {row['train_accuracy']:8.2f}%  {row['test_loss']:9.4f}"
-        f"  {row['test_accuracy']:7.2f}%  {row['lr']:8.5f}  {row['seconds']:7.1f}"
-        f"  {left // 3600:3}:{left // 60 % 60:02}:{left % 60:02}"
-    )
+def write_metrics(path: Path, history: list[dict]) -> None:
+    lines = [history[0].keys(), *[row.values() for row in history]]
+    model.atomic_write(path, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
-def show_progress(step: int, steps: int) -> None:
-    """Overwrite one line with how far the epoch is; on a terminal only."""
-    if sys.stdout.isatty() and (step % 10 == 0 or step == steps):
-        end = "\r\033[K" if step == steps else ""
-        print(f"\r       step {step} of {steps}{end}", end="", flush=True)
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with replacing(path) as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def plot_run(run_dir: Path) -> None:
-    """Draw accuracy.png and loss.png from metrics.csv, all in `run_dir`."""
-    import matplotlib  # slow to import, and needed only here
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
+def plot_history(run_dir: Path) -> None:
+    """Draw accuracy.png and loss.png in `run_dir` from its metrics.csv."""
+    from matplotlib.figure import Figure  # slow to import, and needed only here
 
     path = run_dir / "metrics.csv"
-    result_path = run_dir / "result.json"  # not there for a log alone: the title then says less
     try:
         with open(path, newline="") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        names = ("epoch", "train_accuracy", "test_accuracy", "train_loss", "test_loss")
-        columns = {name: [row[name] for row in rows] for name in names}
-        result = json.loads(result_path.read_text()) if result_path.exists() else {}
-        title = f"CIFAR-10, recipe {result['recipe']}, seed {result['seed']}" if result else "CIFAR-10"
-        measured = "held-out images" if result and result["validate"] else "test set"
-        if not rows:
-            raise ValueError("it has no rows")
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no log of a run ({error}): name a run's directory with --run-dir") from None
-
-    for figure, label in (("accuracy", "accuracy (%)"), ("loss", "loss (negative log-likelihood)")):
-        fig, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-        axes.plot(columns["epoch"], columns[f"train_{figure}"], marker=".",
-                  label="training set (enlarged; mean over the epoch)")
-        axes.plot(columns["epoch"], columns[f"test_{figure}"], marker=".",
-                  label=f"{measured} (at the end of the epoch)")
-        axes.set(xlabel="epoch", ylabel=label, title=title)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            names, *rows = csv.reader(file)
+        epochs, train_loss, train_accuracy, loss, accuracy, *_ = [[float(x) for x in column] for column in zip(*rows)]
+        label = {"test_loss": "test set", "val_loss": "held-out images"}[names[3]]
+    except (OSError, LookupError, ValueError) as error:
+        raise TrainingError(f"{path} is not the log of a run ({error}): name another --run-dir") from None
+    for file_name, train_curve, curve, ylabel in (
+        ("accuracy.png", train_accuracy, accuracy, "accuracy (%)"),
+        ("loss.png", train_loss, loss, "loss (negative log-likelihood)"),
+    ):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(epochs, train_curve, ".-", label="augmented training set (mean of the epoch)")
+        axes.plot(epochs, curve, ".-", label=f"{label} (end of the epoch)")
+        axes.set(xlabel="epoch", ylabel=ylabel, title=f"CIFAR-10: {run_dir.resolve().name}")
         axes.grid(alpha=0.3)
         axes.legend()
-        with replacing(run_dir / f"{figure}.png") as part:
-            fig.savefig(part, dpi=120, format="png")
-        plt.close(fig)
+        figure.savefig(run_dir / file_name, dpi=120)
 
 
-# --- the command ------------------------------------------------------------------------------
+# --- starting and resuming ------------------------------------------------------------------------
 
+CHECKPOINT = {"settings", "history", "seconds", "network", "optimizers"}
+
+
+def resume_or_start(run_dir: Path, settings: dict, resume: bool, overwrite: bool) -> dict:
+    """The checkpoint to resume, or one without history for a new run. Raises TrainingError if the checkpoint has other
+    settings, or a new run would replace an unfinished one."""
+    path = run_dir / "checkpoint.pt"
+    if resume:
+        checkpoint = model.load_archive(path, CHECKPOINT, "start without --resume")
+        saved = checkpoint["settings"]
+        changes = [f"{name} was {saved.get(name)}, is {settings.get(name)}"
+                   for name in sorted(settings | saved) if saved.get(name) != settings.get(name)]
+        if changes:
+            raise TrainingError(
+                f"{run_dir} holds another run ({', '.join(changes)}): give its options, or another --run-dir")
+        return checkpoint
+    if path.exists() and not (run_dir / "result.json").exists() and not overwrite:
+        saved = model.load_archive(path, CHECKPOINT, "replace it with --overwrite")
+        raise TrainingError(
+            f"{run_dir} holds an unfinished run, {saved['history'][-1]['epoch']:g} of {saved['settings']['epochs']:g} "
+            "epochs done: continue it with --resume, or replace it with --overwrite")
+    return {"history": [], "seconds": 0.0}
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) -> None:
+    """Train to the last epoch, and write the weights, the log and the graphs."""
+    start = time.perf_counter()
+    device = model.pick_device(args.device)
+    teachers = [model.load_weights(path) for path in args.teachers]
+    for path, (_, metadata) in zip(args.teachers, teachers, strict=True):
+        if args.validate and not metadata["validate"]:
+            raise TrainingError(f"{path} has seen the held-out images: with --validate, use teachers trained with it")
+    recipe = dataclasses.replace(  # what takes effect
+        recipe, amp_bf16=recipe.amp_bf16 and model.has_bf16(device),
+        label_smoothing=0.0 if teachers else recipe.label_smoothing)
+    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
+                "teachers": [model.describe_training(metadata) for _, metadata in teachers]}
+    teachers = [model.export(network).to(device, memory_format=torch.channels_last) for network, _ in teachers]
+    checkpoint = resume_or_start(run_dir, settings, args.resume, args.overwrite)
+    history, seconds_before = checkpoint["history"], checkpoint["seconds"]
+    train_split, test = (split.to(device) for split in load_training_data(args.data_dir, args.validate))
+    loader = TrainLoader(
+        train_split, batch_size=recipe.batch_size, seed=args.seed, resample=recipe.resample,
+        autoaugment_group_size=recipe.autoaugment_group_size, autoaugment_flipped=recipe.autoaugment_flipped,
+        crop_padding=recipe.crop_padding)
+    total_steps = max(1, round(recipe.epochs * len(loader)))
+
+    torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one on CUDA too
+    torch.manual_seed(args.seed)
+    network = model.build_network(recipe.network, dropout=recipe.dropout).to(device)
+    optimizers = build_optimizers(network, recipe)
+    if history:
+        network.load_state_dict(checkpoint["network"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    else:
+        for name in ("checkpoint.pt", "metrics.csv", "result.json", "accuracy.png", "loss.png"):
+            (run_dir / name).unlink(missing_ok=True)  # no file of an earlier run stays
+    parameters, split = model.count_parameters(network), "val" if args.validate else "test"
+    print(f"recipe {args.recipe}, seed {args.seed}: network {recipe.network}, {parameters:,} parameters\n"
+          f"{len(train_split.images):,} training images, augmented to {len(loader.images):,}; "
+          f"{len(test.images):,} {'held-out' if args.validate else 'test'} images\n"
+          f"device {device}, {torch.get_num_threads()} threads, {'bfloat16' if recipe.amp_bf16 else 'float32'}\n"
+          f"log and graphs go to {run_dir}, weights to {out}{' (replaced at the end)' if out.exists() else ''}\n\n"
+          f"epoch  train loss  train acc  {split:>4} loss  {split:>4} acc        lr  seconds  time left")
+    for row in history:
+        print(table_line(row, recipe.epochs))
+
+    for epoch in range(len(history), math.ceil(total_steps / len(loader))):
+        epoch_start = time.perf_counter()
+        torch.manual_seed(10_000 * args.seed + epoch)  # for dropout
+        loader.set_epoch(epoch)
+        steps = range(epoch * len(loader), min((epoch + 1) * len(loader), total_steps))
+        loss, accuracy = train_one_epoch(network, teachers, loader, optimizers, recipe, steps, total_steps)
+        test_accuracy, test_loss = evaluate(network, test)
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} in epoch {epoch + 1}: try a smaller --lr")
+        history.append({
+            "epoch": min(epoch + 1, recipe.epochs), "train_loss": loss, "train_accuracy": accuracy,
+            f"{split}_loss": test_loss, f"{split}_accuracy": test_accuracy,
+            "lr": optimizers[0].param_groups[0]["lr"], "seconds": time.perf_counter() - epoch_start})
+        write_metrics(run_dir / "metrics.csv", history)
+        model.save_archive(run_dir / "checkpoint.pt", {
+            "settings": settings, "history": history, "seconds": seconds_before + time.perf_counter() - start,
+            "network": network.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        print(table_line(history[-1], recipe.epochs), flush=True)
+
+    accuracy, loss = history[-1][f"{split}_accuracy"], history[-1][f"{split}_loss"]
+    seconds = seconds_before + time.perf_counter() - start
+    model.save_weights(out, network, {
+        "network": recipe.network, "recipe": args.recipe, "seed": args.seed, "epochs": float(recipe.epochs),
+        "validate": args.validate, "accuracy": accuracy})
+    result = settings | {
+        "parameters": parameters, "accuracy": accuracy, "loss": loss, "seconds": round(seconds, 1),
+        "device": str(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "torchvision", "numpy")}}
+    model.atomic_write(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    plot_history(run_dir)
+    print(f"\n{accuracy:.2f} % of the {len(test.images):,} images after {recipe.epochs:g} epochs and {seconds / 60:.1f} minutes; "
+          f"the weights are in {out}")
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 def recipe_value(text: str) -> tuple[str, object]:
-    """`NAME=VALUE` -> the name and the value in the type that Recipe gives it, for argparse."""
+    """`NAME=VALUE` -> the name, and the value in the type that Recipe gives it, for argparse."""
     name, _, value = text.partition("=")
-    kinds = {field.name: field.type for field in dataclasses.fields(Recipe)}
-    if name not in kinds:
-        raise argparse.ArgumentTypeError(f"a recipe has no value {name!r}, only {', '.join(kinds)}")
+    types = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    if name not in types:
+        raise argparse.ArgumentTypeError(f"a recipe has no value {name!r}, only {', '.join(types)}")
     try:
-        return name, {"True": True, "False": False}[value] if kinds[name] is bool else kinds[name](value)
+        return name, {"True": True, "False": False}[value] if types[name] is bool else types[name](value)
     except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{name} takes {kinds[name].__name__} values, not {value!r}") from None
-
-
-def seed_number(text: str) -> int:
-    """A seed from 0 to 2**31 - 1, for argparse: every generator takes those, times 10,000 too."""
-    if not 0 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**31 - 1")
-    return int(text)
+        raise argparse.ArgumentTypeError(f"{name} takes {types[name].__name__} values, not {value!r}") from None
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__)
-    recipes = "; ".join(f"{name}: {r.epochs} epochs, batch {r.batch_size}, lr {r.lr}" for name, r in RECIPES.items())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, default="fast", help="a named set of values (default: %(default)s)")
+    add("--recipe", choices=RECIPES, default="fast", help="the settings to start from (default: %(default)s)")
+    add("--epochs", type=float, metavar="N", help="passes through the augmented training set, whole or partial")
+    add("--batch-size", type=int, metavar="N", help="samples a step (default: the recipe's, as for all settings)")
+    add("--lr", type=float, metavar="X", help="peak learning rate")
+    add("--set", type=recipe_value, action="append", default=[], metavar="NAME=VALUE", dest="changes",
+        help="any other value of the recipe, such as --set weight_decay=0")
+    add("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
+    add("--teachers", type=Path, nargs="+", default=[], metavar="FILE",
+        help="weights of networks to distil: their mean probabilities replace the labels (default: none)")
+    add("--validate", action="store_true",
+        help="train on the first 45,000 training images and measure on the last 5,000, to choose settings")
     add("--out", type=Path, metavar="FILE",
         help="the weights (default: weights.pkl; with --validate, weights.pkl in the run's directory)")
     add("--run-dir", type=Path, metavar="DIR",
-        help="log, graphs and checkpoint (default: runs/RECIPE-seedSEED, and -validate behind it with --validate)")
-    add("--epochs", type=positive(float), metavar="N",
-        help=f"passes through the enlarged set, 0.5 for half of one; the schedule stretches (default: {recipes})")
-    add("--batch-size", type=positive(int), metavar="N", help="images a step (default: the recipe's)")
-    add("--lr", type=positive(float), metavar="X", help="the highest learning rate (default: the recipe's)")
-    add("--set", type=recipe_value, action="append", default=[], metavar="NAME=VALUE", dest="values",
-        help="any other value of the recipe, such as --set weight_decay=0")
-    add("--seed", type=seed_number, default=0, metavar="N",
-        help="of weights, augmentation, order and dropout (default: 0)")
-    add("--teachers", type=Path, nargs="+", default=[], metavar="FILE",
-        help="weights of networks whose mean probabilities are learnt instead of the labels (default: none)")
-    add("--validate", action="store_true",
-        help="for choosing values: train on the first 45,000 training images, measure on the last 5,000 (default: off)")
-    add("--resume", action="store_true", help="go on from the last finished epoch of the run (default: off)")
-    add("--plots-only", action="store_true", help="draw the graphs from the run's metrics.csv (default: off)")
+        help="log, graphs and checkpoint (default: a directory in runs/, named after the recipe and what differs)")
+    add("--resume", action="store_true", help="continue the run in its directory after its last finished epoch")
+    add("--overwrite", action="store_true", help="replace an unfinished run in the directory")
+    add("--plots-only", action="store_true", help="only draw the graphs, from the run's metrics.csv")
+    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR",
+        help="the folder with CIFAR-10 (default: $CIFAR10_DIR, or else data; now %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="where to compute; auto is the fastest one available (default: %(default)s)")
     return parser
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
+def run(args: argparse.Namespace) -> None:
     given = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
-    changes = {name: value for name, value in given.items() if value is not None} | dict(args.values)
-    return dataclasses.replace(RECIPES[args.recipe], **changes)
-
-
-def read_checkpoint(path: Path, settings: dict) -> dict:
-    """The checkpoint at `path`, if it is of a run with these settings.
-
-    Raises:
-        ModelError: it is missing, damaged, or of other settings.
-    """
-    checkpoint = read_archive(path, "train without --resume")
-    saved = checkpoint.get("settings", {}) if isinstance(checkpoint, dict) else {}
-    names = sorted(name for name in settings.keys() | saved.keys() if saved.get(name) != settings.get(name))
-    if names:
-        differences = ", ".join(f"{name} {saved.get(name)} there, {settings.get(name)} here" for name in names)
-        raise ModelError(
-            f"{path} is of another run ({differences}): give the options of that run, or another --run-dir"
-        )
-    return checkpoint
-
-
-def describe(facts: dict) -> str:
-    """What weights are of, in a few words, from the facts saved beside them."""
-    return (f"{facts['network']}, recipe {facts.get('recipe')}, seed {facts.get('seed')}, "
-            f"{facts.get('epochs', math.nan):g} epochs, {facts.get('accuracy', math.nan):.2f} %")
-
-
-def load_teacher(path: Path, validate: bool) -> tuple[nn.Module, dict]:
-    """As `load_weights`; with `validate`, only weights that were trained with it too.
-
-    Raises:
-        ModelError: there are no such weights, or they have learnt from the held-out images.
-    """
-    teacher, facts = load_weights(path)
-    if validate and not facts.get("validate"):
-        raise ModelError(f"{path} has learnt from the held-out images: with --validate, name teachers trained with it")
-    return teacher, facts
-
-
-def describe_weights(path: Path) -> str | None:
-    """What the weights at `path` are of; None where there are none."""
-    try:
-        return describe(load_weights(path)[1])
-    except ModelError:
-        return None
-
-
-def run(args: argparse.Namespace) -> int:
-    started = time.perf_counter()
-    recipe = recipe_of(args)
-    run_dir = args.run_dir or Path(f"runs/{args.recipe}-seed{args.seed}" + "-validate" * args.validate)
+    changes = {name: value for name, value in given.items() if value is not None} | dict(args.changes)
+    recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
+    if not 0 <= args.seed < 2**31:
+        raise TrainingError(f"--seed is {args.seed}: it must be from 0 to 2**31 - 1")
+    parts = [args.recipe, f"{recipe.epochs:g}ep", f"seed{args.seed}",
+             *[f"{name}={value}" for name, value in changes.items() if name != "epochs"],
+             *["_".join(path.with_suffix("").parts[-2:]) for path in args.teachers], *["validate"] * args.validate]
+    run_dir = args.run_dir or Path("runs") / "-".join(parts)  # a directory of its own for each variant
     if args.plots_only:
-        plot_run(run_dir)
+        plot_history(run_dir)
         print(f"drawn: {run_dir / 'accuracy.png'}, {run_dir / 'loss.png'}")
-        return 0
+        return
     out = args.out or (run_dir / "weights.pkl" if args.validate else Path("weights.pkl"))
-    device = pick_device(args.device)
     for folder in (run_dir, out.parent):  # better now than after the training
         folder.mkdir(parents=True, exist_ok=True)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ModelError(f"{out} cannot be written: name another file with --out")
-
-    train, test = load_training_data(args.data_dir, args.validate)
-    recipe = dataclasses.replace(  # as far as this machine can follow it
-        recipe, compile=recipe.compile and can_compile(device), bfloat16=recipe.bfloat16 and has_bfloat16(device))
-    taught_by = [load_teacher(path, args.validate) for path in args.teachers]
-    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
-                "teachers": [describe(facts) for _, facts in taught_by]}
-    path = run_dir / "checkpoint.pt"
-    checkpoint = read_checkpoint(path, settings) if args.resume else {}
-    rows, seconds_before = checkpoint.get("rows", []), checkpoint.get("seconds", 0.0)
-    torch.backends.cudnn.deterministic = True  # so that a resumed run is the uninterrupted one on CUDA too
-    torch.manual_seed(args.seed)  # for the initial weights
-    network = build_network(recipe.network, dropout=recipe.dropout).to(device)
-    print(f"enlarging {len(train.images):,} training images to {3 * len(train.images):,} ...", flush=True)
-    train = enlarge(train, args.seed * 10_000, recipe.max_degrees, recipe.together, recipe.augment_turned)
-    if not args.resume:  # nothing of an earlier run in this directory is to be taken for this one's
-        for name in ("checkpoint.pt", "metrics.csv", "result.json", "accuracy.png", "loss.png"):
-            (run_dir / name).unlink(missing_ok=True)
-    trainable, total = count_parameters(network)
-    measured = "held-out" if args.validate else "test"
-    print(
-        f"recipe {args.recipe}, seed {args.seed}: {trainable:,} trainable of {total:,} parameters; "
-        f"{len(train.images):,} training samples, {len(test.images):,} {measured} images\n"
-        f"device {device}, {torch.get_num_threads()} threads, {'' if recipe.compile else 'not '}compiled, "
-        f"{'bfloat16' if recipe.bfloat16 else 'float32'}; "
-        f"log and graphs go to {run_dir}, weights to {out}\n" + TABLE_HEAD.format(measured[:4]), flush=True,
-    )
-    for row in rows:
-        print(table_line(row, recipe.epochs))
-    teachers = [teacher.to(device) for teacher, _ in taught_by]
-    epochs = fit(network, train.to(device), test.to(device), recipe, teachers, args.seed, checkpoint)
-    for row, state in epochs:
-        if not math.isfinite(row["train_loss"]):
-            raise ModelError(f"the loss is {row['train_loss']} in epoch {row['epoch']}: try a smaller --lr")
-        rows = [*rows, row]
-        seconds = seconds_before + time.perf_counter() - started
-        with replacing(path) as part:
-            torch.save({"settings": settings, "rows": rows, "seconds": seconds, **state}, part)
-        write_csv(run_dir / "metrics.csv", rows)
-        print(table_line(row, recipe.epochs), flush=True)
-
-    write_csv(run_dir / "metrics.csv", rows)  # a kill right behind the last checkpoint may have left it a row short
-    accuracy, loss = rows[-1]["test_accuracy"], rows[-1]["test_loss"]
-    replaced = describe_weights(out)
-    save_weights(out, network, recipe.network, recipe=args.recipe, seed=args.seed, epochs=recipe.epochs,
-                 validate=args.validate, accuracy=accuracy)
-    seconds = seconds_before + time.perf_counter() - started
-    result = settings | {
-        "parameters": total, "accuracy": accuracy, "loss": loss, "seconds": round(seconds, 1), "device": str(device),
-        "threads": torch.get_num_threads(), "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "torchvision", "numpy")},
-    }
-    with replacing(run_dir / "result.json") as part:
-        part.write_text(json.dumps(result, indent=2) + "\n")
-    plot_run(run_dir)
-    print(f"{accuracy:.2f} % of the {measured} images after {recipe.epochs:g} epochs and {seconds / 60:.1f} minutes; "
-          f"the weights are in {out}")
-    if replaced:
-        print(f"They took the place of those of {replaced}. To have the repository's back: git checkout {out}")
-    return 0
+        raise TrainingError(f"{out} cannot be written: name another file with --out")
+    try:
+        with FileLock(run_dir / "lock", timeout=0):
+            train(args, recipe, run_dir, out)
+    except Timeout:
+        raise TrainingError(f"another process trains in {run_dir}: wait for it, or name another --run-dir") from None
+    except OSError as error:  # the disk is full, for example
+        path, advice = run_dir / "checkpoint.pt", "no epoch is saved, make room and start again"
+        if path.exists():
+            history = model.load_archive(path, CHECKPOINT, advice)["history"]
+            advice = f"the run is safe up to epoch {history[-1]['epoch']:g}, make room and continue with --resume"
+        raise TrainingError(f"{error}: {advice}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    model.reuse_freed_memory()
     try:
-        return exit_status(run, make_parser().parse_args(argv))
+        run(args)
+        return 0
+    except (TrainingError, DataError, model.ModelError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\nstopped: once an epoch is finished, the same command with --resume goes on behind it", file=sys.stderr)
+        print("\nstopped: the same command with --resume continues after the last finished epoch", file=sys.stderr)
         return 130
 
 
