@@ -4,7 +4,6 @@ Images stay uint8 in one tensor (N, 32, 32, 3) from the file to the batch: 154 M
 the training set, 460 MB for the augmented training set. A batch is normalised as it is served.
 """
 
-import contextlib
 import http.client
 import math
 import os
@@ -69,9 +68,12 @@ def load_cifar10(data_dir: str | os.PathLike, parts: tuple[str, ...] = ("train",
         return [read_npz(npz, part) for part in parts]
     splits = {part: read_official_files(Path(data_dir), part) for part in SIZES}
     arrays = {f"{part}_{name}": tensor for part in SIZES for name, tensor in splits[part]._asdict().items()}
-    with contextlib.suppress(OSError):  # a folder that cannot be written only costs seconds at the next start
-        np.savez(npz.with_suffix(".part.npz"), **arrays)
-        os.replace(npz.with_suffix(".part.npz"), npz)
+    part = npz.with_name(f"cifar10.{os.getpid()}.part.npz")
+    try:
+        np.savez(part, **arrays)
+        os.replace(part, npz)
+    except OSError:  # a full or read-only disk only costs seconds at the next start
+        part.unlink(missing_ok=True)
     return [splits[part] for part in parts]
 
 
@@ -91,7 +93,7 @@ def read_npz(path: Path, part: str) -> Split:
         with np.load(path) as arrays:  # allow_pickle is off: no code in the file is run
             images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
     except Exception as error:  # numpy, zipfile and zlib fail on a damaged file in many ways
-        raise DataError(f"{path} is not a whole .npz file of plain arrays ({error}): remove it, or {REMEDY}") from None
+        raise DataError(f"{path} is not a whole .npz file of plain arrays ({error}): remove it, or {REMEDY}") from error
     return checked_split(images, labels, str(path), part)
 
 
@@ -119,12 +121,13 @@ def read_official_files(data_dir: Path, part: str) -> Split:
 
     socket.setdefaulttimeout(30)  # seconds; a mirror that is silent for longer has failed
     failures = []
-    for CIFAR10.url in MIRRORS:
+    for url in MIRRORS:
+        CIFAR10.url = url
         try:
             dataset = CIFAR10(data_dir, train=part == "train", download=True)
             return checked_split(dataset.data, np.asarray(dataset.targets), str(data_dir), part)
         except (OSError, RuntimeError, http.client.HTTPException) as error:  # URLError is an OSError
-            failures.append(f"{CIFAR10.url}: {error}")
+            failures.append(f"{url}: {error}")
     raise DataError(
         f"CIFAR-10 is not in {data_dir} and could not be downloaded ({'; '.join(failures)}): "
         f"try again when there is a network, or {REMEDY}"
@@ -253,9 +256,13 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
-def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Float images (N, 3, 32, 32) -> (N, 3, size, size), anti-aliased."""
-    if size == images.shape[-1]:
+def progressive_resize(images: torch.Tensor, progress: float, low_resolution_share: float) -> torch.Tensor:
+    """Smaller images early in training (progressive resizing, fast.ai 2018): (N, 3, 32, 32) -> (N, 3, size, size).
+
+    The size is 16 for the first half of the low-resolution share of the steps, 24 for the second, then 32.
+    """
+    if progress >= low_resolution_share:
         return images
+    size = 16 if progress < low_resolution_share / 2 else 24
     resized = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     return resized.contiguous(memory_format=torch.channels_last)

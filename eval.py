@@ -232,10 +232,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--weights", default="weights.pkl", metavar="FILE", help="written by train.py (default: %(default)s)")
-    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR",
-        help="the folder with CIFAR-10 (default: $CIFAR10_DIR, or else data; now %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="where to compute; auto is the fastest one available (default: %(default)s)")
+    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="has CIFAR-10 (default: $CIFAR10_DIR, or data)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: the fastest available)")
     add("--batch-size", type=int, metavar="N", help="images at a time (default: 25 on a CPU, 1,000 elsewhere)")
     add("--min-accuracy", type=float, default=80.0, metavar="PERCENT",
         help="the bar for exit status 0 (default: %(default)s)")

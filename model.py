@@ -250,12 +250,11 @@ def build_network(name: str, **options) -> nn.Module:
         ModelError: the name is unknown, or the network has more than PARAMETER_LIMIT parameters.
     """
     if name not in NETWORKS:
-        raise ModelError(f"there is no network {name!r}: choose one of {', '.join(NETWORKS)}")
+        raise ModelError(f"there is no network {name!r:.60}: choose one of {', '.join(NETWORKS)}")
     network = NETWORKS[name](**options)
-    excess = count_parameters(network) - PARAMETER_LIMIT
-    if excess > 0:
-        raise ModelError(f"the network {name!r} is {excess:,} parameters over the limit of {PARAMETER_LIMIT:,}: "
-                         "make a layer narrower")
+    n = count_parameters(network)
+    if n > PARAMETER_LIMIT:
+        raise ModelError(f"{name!r} has {n:,} parameters, over the limit of {PARAMETER_LIMIT:,}: make a layer narrower")
     return network
 
 
@@ -290,7 +289,7 @@ def atomic_write(path: str | os.PathLike, contents: bytes) -> None:
         part.write_bytes(contents)
         os.replace(part, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -320,11 +319,11 @@ def load_archive(path: str | os.PathLike, names: set[str], remedy: str) -> dict:
             if archive.testzip() or any(member.external_attr & 0x10 for member in members):  # 0x10: a folder
                 raise ValueError("a checksum does not match")
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ModelError(f"{path} is refused, since loading it could run code: {remedy}") from None
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{path} is refused, since loading it could run code: {remedy}") from error
     except Exception as error:  # damaged bytes make zipfile, zlib and torch fail in many ways
         reason = str(error).partition("\n")[0][:200]
-        raise ModelError(f"{path} is damaged or of another format ({reason!r}): {remedy}") from None
+        raise ModelError(f"{path} is damaged or of another format ({reason!r}): {remedy}") from error
     if not isinstance(contents, dict) or contents.keys() != names:
         raise ModelError(f"{path} is not a file of this train.py: {remedy}")
     return contents
@@ -348,16 +347,16 @@ def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     is_metadata = (
         isinstance(metadata, dict) and metadata.keys() == METADATA.keys()
         and all(type(metadata[name]) is kind for name, kind in METADATA.items())
-        and metadata["recipe"].isprintable() and 0 <= metadata["seed"] < 2**31
+        and metadata["recipe"].isprintable() and len(metadata["recipe"]) < 100 and 0 <= metadata["seed"] < 2**31
     )
     if not is_metadata:
         raise ModelError(f"{path} does not say what it holds: {remedy}")
     network = build_network(metadata["network"])
     try:
         network.load_state_dict(contents["state"])
-    except Exception:  # other names or shapes, or no tensors at all
+    except Exception as error:  # other names or shapes, or no tensors at all
         raise ModelError(f"the tensors in {path} do not fit the network {metadata['network']!r} of this model.py: "
-                         "train again, or use the model.py they were trained with") from None
+                         "train again, or use the model.py they were trained with") from error
     return network.eval(), metadata
 
 

@@ -8,7 +8,6 @@
     python train.py --recipe best --teachers A B  distillation from the networks saved in A and B
     python train.py --validate                    hold out 5,000 training images and measure on them
     python train.py --resume                      continue an interrupted run
-    python train.py --plots-only --run-dir DIR    draw the graphs of a run again from its metrics.csv
 
 A run leaves metrics.csv, accuracy.png, loss.png, result.json and checkpoint.pt in its directory.
 """
@@ -31,7 +30,7 @@ from filelock import FileLock, Timeout  # a dependency of torch
 from torch import nn
 
 import model
-from data import DEFAULT_DATA_DIR, DataError, TrainLoader, load_training_data, resize
+from data import DEFAULT_DATA_DIR, DataError, TrainLoader, load_training_data, progressive_resize
 from eval import evaluate
 
 
@@ -86,15 +85,13 @@ OPTIMIZERS = ("sgd", "adamw", "muon")
 RECIPES = {
     # epochs, batch size, learning rate and dropout are the report's; it names no optimizer and no schedule
     "report": Recipe(
-        network="report", epochs=20, batch_size=250, optimizer="sgd", lr=0.03, weight_decay=5e-4, warmup_fraction=0.1,
-        dropout=0.2,
-    ),
-    # much accuracy in little time; docs/notes.md tells how the values were chosen
+        network="report", epochs=20, batch_size=250, optimizer="sgd", lr=0.03, weight_decay=5e-4,
+        warmup_fraction=0.1, dropout=0.2),
+    # high accuracy in minutes; docs/notes.md tells how the values were chosen
     "fast": Recipe(
         network="grouped", epochs=2.5, batch_size=128, optimizer="muon", lr=0.2, weight_decay=0.01,
         warmup_fraction=0.15, label_smoothing=0.1, resample=True, autoaugment_group_size=16, crop_padding=2,
-        low_resolution_share=0.3, amp_bf16=True,
-    ),
+        low_resolution_share=0.3, amp_bf16=True),
 }
 # for long runs, with or without teachers
 RECIPES["best"] = dataclasses.replace(
@@ -117,37 +114,26 @@ def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Opt
         return [torch.optim.SGD(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **sgd)]
     if recipe.optimizer == "adamw":
         return [torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)]
-    matrices = [p for p in network.features.parameters() if p.ndim == 2]
+    matrices = [module.weight for module in network.modules() if isinstance(module, model.FlipConv2d)]
     others = [p for p in network.parameters() if all(p is not matrix for matrix in matrices)]
     if not matrices:
-        raise TrainingError(f"optimizer is 'muon': the network {recipe.network!r} has no weight matrices, choose 'sgd'")
+        raise TrainingError(f"optimizer is 'muon': it needs a flip-equivariant network, not {recipe.network!r}")
     # three iterations of the orthogonalisation, not five: an approximation is enough
     return [torch.optim.Muon(matrices, recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9, ns_steps=3),
             torch.optim.SGD(others, 0.1, **sgd)]
 
 
 def lr_factor(progress: float, warmup_fraction: float) -> float:
-    """The share of the peak learning rate after a share `progress` of the steps.
-
-    Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017, arXiv 1608.03983).
-    """
+    """The share of the peak learning rate after a share `progress` of the steps: linear warm-up, then half a
+    cosine to zero (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
     if progress < warmup_fraction:
         return progress / warmup_fraction
     return (1 + math.cos(math.pi * (progress - warmup_fraction) / (1 - warmup_fraction))) / 2
 
 
-def image_size(progress: float, low_resolution_share: float) -> int:
-    """The side of the training images in pixels: 16, then 24, then 32 (progressive resizing, fast.ai 2018)."""
-    if progress >= low_resolution_share:
-        return 32
-    return 16 if progress < low_resolution_share / 2 else 24
-
-
 def distillation_loss(log_probabilities: torch.Tensor, teachers: list[nn.Module], images: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy with the teachers' mean probabilities, both softened (Hinton et al. 2015, arXiv 1503.02531).
-
-    The factor of TEMPERATURE gives the logits gradients of the same scale as labels do.
-    """
+    Times TEMPERATURE, so that the gradient has the scale that it has with labels."""
     with torch.no_grad():
         probabilities = torch.stack([teacher(images).exp() for teacher in teachers]).mean(dim=0)
     targets = F.softmax(probabilities.clamp(min=1e-6).log() / TEMPERATURE, dim=1)
@@ -158,14 +144,10 @@ def train_one_epoch(
     network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, optimizers: list[torch.optim.Optimizer],
     recipe: Recipe, steps: range, total_steps: int,
 ) -> tuple[float, float]:
-    """One pass through `loader`, or a part of it.
+    """One pass through `loader`, or a part of it: `steps` are its step numbers, out of the run's `total_steps`.
 
-    Args:
-        teachers: networks whose probabilities replace the labels; may be empty.
-        steps: the numbers of this epoch's steps among the `total_steps` of the run.
-
-    Returns:
-        The mean negative log-likelihood and the accuracy in percent, over the batches as they were trained on.
+    The probabilities of `teachers`, if there are any, replace the labels. Returns the mean negative
+    log-likelihood and the accuracy in percent, over the batches as they were trained on.
     """
     device = next(network.parameters()).device
     loss_sum = torch.zeros((), device=device)  # summed on the device: reading a number stalls a GPU
@@ -177,7 +159,7 @@ def train_one_epoch(
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress, recipe.warmup_fraction)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp_bf16):
-            log_probabilities = network(resize(images, image_size(progress, recipe.low_resolution_share)))
+            log_probabilities = network(progressive_resize(images, progress, recipe.low_resolution_share))
             if teachers:
                 loss = distillation_loss(log_probabilities, teachers, images)
             else:  # of log-probabilities, this is the negative log-likelihood
@@ -203,11 +185,6 @@ def table_line(row: dict, epochs: float) -> str:
             f"  {seconds:7.1f}  {left // 3600:3}:{left // 60 % 60:02}:{left % 60:02}")
 
 
-def write_metrics(path: Path, history: list[dict]) -> None:
-    lines = [history[0].keys(), *[row.values() for row in history]]
-    model.atomic_write(path, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-
-
 def plot_history(run_dir: Path) -> None:
     """Draw accuracy.png and loss.png in `run_dir` from its metrics.csv."""
     from matplotlib.figure import Figure  # slow to import, and needed only here
@@ -215,33 +192,31 @@ def plot_history(run_dir: Path) -> None:
     path = run_dir / "metrics.csv"
     try:
         with open(path, newline="") as file:
-            names, *rows = csv.reader(file)
-        epochs, train_loss, train_accuracy, loss, accuracy, *_ = [[float(x) for x in column] for column in zip(*rows)]
-        label = {"test_loss": "test set", "val_loss": "held-out images"}[names[3]]
-    except (OSError, LookupError, ValueError) as error:
-        raise TrainingError(f"{path} is not the log of a run ({error}): name another --run-dir") from None
-    for file_name, train_curve, curve, ylabel in (
-        ("accuracy.png", train_accuracy, accuracy, "accuracy (%)"),
-        ("loss.png", train_loss, loss, "loss (negative log-likelihood)"),
-    ):
+            rows = list(csv.DictReader(file))
+        split, label = ("val", "held-out images") if "val_loss" in rows[0] else ("test", "test set")
+        names = ("epoch", "train_accuracy", f"{split}_accuracy", "train_loss", f"{split}_loss")
+        columns = {name: [float(row[name]) for row in rows] for name in names}
+    except (OSError, LookupError, ValueError, TypeError) as error:
+        raise TrainingError(f"{path} is not the log of a run ({error}): name another --run-dir") from error
+    for name, ylabel in (("accuracy", "accuracy (%)"), ("loss", "loss (negative log-likelihood)")):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        axes.plot(epochs, train_curve, ".-", label="augmented training set (mean of the epoch)")
-        axes.plot(epochs, curve, ".-", label=f"{label} (end of the epoch)")
+        axes.plot(columns["epoch"], columns[f"train_{name}"], ".-", label="augmented training set (mean of the epoch)")
+        axes.plot(columns["epoch"], columns[f"{split}_{name}"], ".-", label=f"{label} (end of the epoch)")
         axes.set(xlabel="epoch", ylabel=ylabel, title=f"CIFAR-10: {run_dir.resolve().name}")
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(run_dir / file_name, dpi=120)
+        figure.savefig(run_dir / f"{name}.png", dpi=120)
 
 
-# --- starting and resuming ------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 CHECKPOINT = {"settings", "history", "seconds", "network", "optimizers"}
 
 
 def resume_or_start(run_dir: Path, settings: dict, resume: bool, overwrite: bool) -> dict:
-    """The checkpoint to resume, or one without history for a new run. Raises TrainingError if the checkpoint has other
-    settings, or a new run would replace an unfinished one."""
+    """The checkpoint to continue from, its history empty for a new run. Raises TrainingError if it has other
+    settings, or if a new run would replace an unfinished one."""
     path = run_dir / "checkpoint.pt"
     if resume:
         checkpoint = model.load_archive(path, CHECKPOINT, "start without --resume")
@@ -260,8 +235,6 @@ def resume_or_start(run_dir: Path, settings: dict, resume: bool, overwrite: bool
     return {"history": [], "seconds": 0.0}
 
 
-# --- the run --------------------------------------------------------------------------------------
-
 def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) -> None:
     """Train to the last epoch, and write the weights, the log and the graphs."""
     start = time.perf_counter()
@@ -277,14 +250,14 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
                 "teachers": [model.describe_training(metadata) for _, metadata in teachers]}
     teachers = [model.export(network).to(device, memory_format=torch.channels_last) for network, _ in teachers]
     checkpoint = resume_or_start(run_dir, settings, args.resume, args.overwrite)
-    history, seconds_before = checkpoint["history"], checkpoint["seconds"]
-    train_split, test = (split.to(device) for split in load_training_data(args.data_dir, args.validate))
+    history = checkpoint["history"]
+    start -= checkpoint["seconds"]  # those before the interruption count too
+
+    training, test = (split.to(device) for split in load_training_data(args.data_dir, args.validate))
     loader = TrainLoader(
-        train_split, batch_size=recipe.batch_size, seed=args.seed, resample=recipe.resample,
+        training, batch_size=recipe.batch_size, seed=args.seed, resample=recipe.resample,
         autoaugment_group_size=recipe.autoaugment_group_size, autoaugment_flipped=recipe.autoaugment_flipped,
         crop_padding=recipe.crop_padding)
-    total_steps = max(1, round(recipe.epochs * len(loader)))
-
     torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one on CUDA too
     torch.manual_seed(args.seed)
     network = model.build_network(recipe.network, dropout=recipe.dropout).to(device)
@@ -296,48 +269,50 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
     else:
         for name in ("checkpoint.pt", "metrics.csv", "result.json", "accuracy.png", "loss.png"):
             (run_dir / name).unlink(missing_ok=True)  # no file of an earlier run stays
-    parameters, split = model.count_parameters(network), "val" if args.validate else "test"
-    print(f"recipe {args.recipe}, seed {args.seed}: network {recipe.network}, {parameters:,} parameters\n"
-          f"{len(train_split.images):,} training images, augmented to {len(loader.images):,}; "
-          f"{len(test.images):,} {'held-out' if args.validate else 'test'} images\n"
-          f"device {device}, {torch.get_num_threads()} threads, {'bfloat16' if recipe.amp_bf16 else 'float32'}\n"
-          f"log and graphs go to {run_dir}, weights to {out}{' (replaced at the end)' if out.exists() else ''}\n\n"
-          f"epoch  train loss  train acc  {split:>4} loss  {split:>4} acc        lr  seconds  time left")
+
+    split, images = ("val", "held-out images") if args.validate else ("test", "test images")
+    parameters = model.count_parameters(network)
+    print(f"recipe {args.recipe}, seed {args.seed}: network {recipe.network}, {parameters:,} parameters")
+    print(f"{len(training.images):,} training images, augmented to {len(loader.images):,}; {len(test.images):,} {images}")
+    print(f"device {device}, {torch.get_num_threads()} threads, {'bfloat16' if recipe.amp_bf16 else 'float32'}")
+    print(f"log and graphs go to {run_dir}, weights to {out}{' (replaced at the end)' if out.exists() else ''}\n")
+    print(f"epoch  train loss  train acc  {split:>4} loss  {split:>4} acc        lr  seconds  time left")
     for row in history:
         print(table_line(row, recipe.epochs))
-
+    total_steps = max(1, round(recipe.epochs * len(loader)))
     for epoch in range(len(history), math.ceil(total_steps / len(loader))):
         epoch_start = time.perf_counter()
         torch.manual_seed(10_000 * args.seed + epoch)  # for dropout
         loader.set_epoch(epoch)
         steps = range(epoch * len(loader), min((epoch + 1) * len(loader), total_steps))
-        loss, accuracy = train_one_epoch(network, teachers, loader, optimizers, recipe, steps, total_steps)
-        test_accuracy, test_loss = evaluate(network, test)
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} in epoch {epoch + 1}: try a smaller --lr")
+        train_loss, train_accuracy = train_one_epoch(network, teachers, loader, optimizers, recipe, steps, total_steps)
+        if not math.isfinite(train_loss):
+            raise TrainingError(f"the loss is {train_loss} in epoch {epoch + 1}: try a smaller --lr")
+        accuracy, loss = evaluate(network, test)
         history.append({
-            "epoch": min(epoch + 1, recipe.epochs), "train_loss": loss, "train_accuracy": accuracy,
-            f"{split}_loss": test_loss, f"{split}_accuracy": test_accuracy,
+            "epoch": min(epoch + 1, recipe.epochs), "train_loss": train_loss, "train_accuracy": train_accuracy,
+            f"{split}_loss": loss, f"{split}_accuracy": accuracy,
             "lr": optimizers[0].param_groups[0]["lr"], "seconds": time.perf_counter() - epoch_start})
-        write_metrics(run_dir / "metrics.csv", history)
+        lines = [history[0].keys(), *[row.values() for row in history]]
+        model.atomic_write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
         model.save_archive(run_dir / "checkpoint.pt", {
-            "settings": settings, "history": history, "seconds": seconds_before + time.perf_counter() - start,
+            "settings": settings, "history": history, "seconds": time.perf_counter() - start,
             "network": network.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
         print(table_line(history[-1], recipe.epochs), flush=True)
 
-    accuracy, loss = history[-1][f"{split}_accuracy"], history[-1][f"{split}_loss"]
-    seconds = seconds_before + time.perf_counter() - start
+    *_, loss, accuracy, _, _ = history[-1].values()
     model.save_weights(out, network, {
         "network": recipe.network, "recipe": args.recipe, "seed": args.seed, "epochs": float(recipe.epochs),
         "validate": args.validate, "accuracy": accuracy})
+    seconds = time.perf_counter() - start
     result = settings | {
         "parameters": parameters, "accuracy": accuracy, "loss": loss, "seconds": round(seconds, 1),
         "device": str(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "torchvision", "numpy")}}
     model.atomic_write(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     plot_history(run_dir)
-    print(f"\n{accuracy:.2f} % of the {len(test.images):,} images after {recipe.epochs:g} epochs and {seconds / 60:.1f} minutes; "
-          f"the weights are in {out}")
+    print(f"\n{accuracy:.2f} % of the {len(test.images):,} {images} after {recipe.epochs:g} epochs and "
+          f"{seconds / 60:.1f} minutes; the weights are in {out}")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -350,8 +325,8 @@ def recipe_value(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"a recipe has no value {name!r}, only {', '.join(types)}")
     try:
         return name, {"True": True, "False": False}[value] if types[name] is bool else types[name](value)
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{name} takes {types[name].__name__} values, not {value!r}") from None
+    except (ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{name} takes {types[name].__name__} values, not {value!r}") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -359,32 +334,25 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="fast", help="the settings to start from (default: %(default)s)")
     add("--epochs", type=float, metavar="N", help="passes through the augmented training set, whole or partial")
-    add("--batch-size", type=int, metavar="N", help="samples a step (default: the recipe's, as for all settings)")
+    add("--batch-size", type=int, metavar="N", help="samples a step")
     add("--lr", type=float, metavar="X", help="peak learning rate")
-    add("--set", type=recipe_value, action="append", default=[], metavar="NAME=VALUE", dest="changes",
-        help="any other value of the recipe, such as --set weight_decay=0")
+    add("--set", type=recipe_value, action="append", default=[], metavar="NAME=VALUE", help="any value of the recipe")
     add("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
-    add("--teachers", type=Path, nargs="+", default=[], metavar="FILE",
-        help="weights of networks to distil: their mean probabilities replace the labels (default: none)")
-    add("--validate", action="store_true",
-        help="train on the first 45,000 training images and measure on the last 5,000, to choose settings")
-    add("--out", type=Path, metavar="FILE",
-        help="the weights (default: weights.pkl; with --validate, weights.pkl in the run's directory)")
-    add("--run-dir", type=Path, metavar="DIR",
-        help="log, graphs and checkpoint (default: a directory in runs/, named after the recipe and what differs)")
+    add("--teachers", type=Path, nargs="+", default=[], metavar="FILE", help="weights of networks to distil")
+    add("--validate", action="store_true", help="hold out the last 5,000 training images and measure on them")
+    add("--out", type=Path, metavar="FILE", help="the weights (default: weights.pkl; with --validate, in --run-dir)")
+    add("--run-dir", type=Path, metavar="DIR", help="log, graphs and checkpoint (default: runs/ and the settings)")
     add("--resume", action="store_true", help="continue the run in its directory after its last finished epoch")
     add("--overwrite", action="store_true", help="replace an unfinished run in the directory")
     add("--plots-only", action="store_true", help="only draw the graphs, from the run's metrics.csv")
-    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR",
-        help="the folder with CIFAR-10 (default: $CIFAR10_DIR, or else data; now %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="where to compute; auto is the fastest one available (default: %(default)s)")
+    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="has CIFAR-10 (default: $CIFAR10_DIR, or data)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: the fastest available)")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     given = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
-    changes = {name: value for name, value in given.items() if value is not None} | dict(args.changes)
+    changes = {name: value for name, value in given.items() if value is not None} | dict(args.set)
     recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
     if not 0 <= args.seed < 2**31:
         raise TrainingError(f"--seed is {args.seed}: it must be from 0 to 2**31 - 1")
@@ -404,14 +372,14 @@ def run(args: argparse.Namespace) -> None:
     try:
         with FileLock(run_dir / "lock", timeout=0):
             train(args, recipe, run_dir, out)
-    except Timeout:
-        raise TrainingError(f"another process trains in {run_dir}: wait for it, or name another --run-dir") from None
+    except Timeout as error:
+        raise TrainingError(f"another process trains in {run_dir}: wait for it, or name another --run-dir") from error
     except OSError as error:  # the disk is full, for example
-        path, advice = run_dir / "checkpoint.pt", "no epoch is saved, make room and start again"
-        if path.exists():
-            history = model.load_archive(path, CHECKPOINT, advice)["history"]
-            advice = f"the run is safe up to epoch {history[-1]['epoch']:g}, make room and continue with --resume"
-        raise TrainingError(f"{error}: {advice}") from None
+        path = run_dir / "checkpoint.pt"
+        if not path.exists():
+            raise
+        epoch = model.load_archive(path, CHECKPOINT, "start with --overwrite")["history"][-1]["epoch"]
+        raise TrainingError(f"{error}: the run is safe up to epoch {epoch:g}, continue with --resume") from error
 
 
 def main(argv: list[str] | None = None) -> int:
