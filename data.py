@@ -60,8 +60,7 @@ def load_cifar10(data_dir: str | os.PathLike, parts: tuple[str, ...] = ("train",
     Reads cifar10.npz in `data_dir`. Where there is none, torchvision reads, unpacks or downloads the
     official files, and cifar10.npz is made from them.
 
-    Raises:
-        DataError: what is there is not CIFAR-10, or nothing is there and the download failed.
+    Raises DataError if what is there is not CIFAR-10, or if nothing is there and the download failed.
     """
     npz = Path(data_dir) / "cifar10.npz"
     if npz.exists():

@@ -11,6 +11,7 @@ Exit status: 0 when the accuracy reaches --min-accuracy, 1 when it does not, 2 f
 """
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -95,32 +96,37 @@ def tta_infer(network: nn.Module, split: Split, batch_size: int | None = None) -
 
 
 def corruptions() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Four corruptions, each uint8 (N, 3, 32, 32) -> the same, on the CPU, at the third of the five severities of
+    """Four corruptions, each uint8 (N, 32, 32, 3) -> the same, on the CPU, at the third of the five severities of
     CIFAR-10-C (Hendrycks & Dietterich 2019, arXiv 1903.12261)."""
-    from torchvision.transforms.v2 import functional  # slow to import, and needed only here
+    from PIL import Image  # torchvision brings Pillow
+    from torchvision.transforms.v2 import functional
 
     def gaussian_noise(images: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         return (images + 0.08 * 255 * noise).round().clamp(0, 255).byte()
 
+    def gaussian_blur(images: torch.Tensor) -> torch.Tensor:
+        return functional.gaussian_blur(images.permute(0, 3, 1, 2), kernel_size=5, sigma=0.7).permute(0, 2, 3, 1)
+
+    def jpeg(images: torch.Tensor) -> torch.Tensor:
+        corrupted = torch.empty_like(images)
+        for i, image in enumerate(images.numpy()):
+            Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=58)
+            corrupted[i] = torch.from_numpy(np.array(Image.open(file)))
+        return corrupted
+
     def contrast(images: torch.Tensor) -> torch.Tensor:
-        mean = images.float().mean(dim=(2, 3), keepdim=True)
+        mean = images.float().mean(dim=(1, 2), keepdim=True)
         return (mean + 0.4 * (images - mean)).round().byte()
 
-    return {
-        "gaussian noise": gaussian_noise,
-        "gaussian blur": lambda images: functional.gaussian_blur(images, kernel_size=5, sigma=0.7),
-        "jpeg": lambda images: torch.stack([functional.jpeg(image, quality=58) for image in images]),
-        "contrast": contrast,
-    }
+    return {"gaussian noise": gaussian_noise, "gaussian blur": gaussian_blur, "jpeg": jpeg, "contrast": contrast}
 
 
 def corruption_accuracy(network: nn.Module, split: Split, batch_size: int | None = None) -> dict[str, float]:
     """The accuracy in percent under each of the corruptions."""
-    images, device = split.images.cpu().permute(0, 3, 1, 2), split.images.device
-    accuracies = {}
+    images, device, accuracies = split.images.cpu(), split.images.device, {}
     for name, corrupt in corruptions().items():
-        corrupted = Split(corrupt(images).permute(0, 2, 3, 1).to(device), split.labels)
+        corrupted = Split(corrupt(images).to(device), split.labels)
         accuracies[name], _ = accuracy_and_loss(infer(network, corrupted, batch_size), split.labels)
     return accuracies
 
@@ -130,8 +136,7 @@ def corruption_accuracy(network: nn.Module, split: Split, batch_size: int | None
 def load_image(path: str) -> torch.Tensor:
     """The central square of any image file, as uint8 (1, 32, 32, 3): upright, and on white where it is transparent.
 
-    Raises:
-        DataError: there is no such file, or it is not an image.
+    Raises DataError if there is no such file, or if it is not an image.
     """
     from PIL import Image, ImageOps  # torchvision brings Pillow
 
@@ -232,8 +237,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--weights", default="weights.pkl", metavar="FILE", help="written by train.py (default: %(default)s)")
-    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="has CIFAR-10 (default: $CIFAR10_DIR, or data)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: the fastest available)")
+    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="the data set (default: $CIFAR10_DIR, or data)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
     add("--batch-size", type=int, metavar="N", help="images at a time (default: 25 on a CPU, 1,000 elsewhere)")
     add("--min-accuracy", type=float, default=80.0, metavar="PERCENT",
         help="the bar for exit status 0 (default: %(default)s)")

@@ -246,8 +246,7 @@ def count_parameters(network: nn.Module) -> int:
 def build_network(name: str, **options) -> nn.Module:
     """A freshly initialised network: `name` is a key of NETWORKS, `options` go to its constructor.
 
-    Raises:
-        ModelError: the name is unknown, or the network has more than PARAMETER_LIMIT parameters.
+    Raises ModelError if the name is unknown, or if the network has more than PARAMETER_LIMIT parameters.
     """
     if name not in NETWORKS:
         raise ModelError(f"there is no network {name!r:.60}: choose one of {', '.join(NETWORKS)}")
@@ -304,9 +303,8 @@ def save_archive(path: str | os.PathLike, contents: dict) -> None:
 def load_archive(path: str | os.PathLike, names: set[str], remedy: str) -> dict:
     """Read what `save_archive` wrote. Checksums are verified, and no code in the file is run.
 
-    Raises:
-        ModelError: the file is missing or damaged, or holds other things than tensors and plain values under
-            these names; the message ends with `remedy`.
+    Raises ModelError, its message ending with `remedy`, if the file is missing or damaged, or if it holds anything
+    but tensors and plain values under these names.
     """
     path = Path(path)
     if not path.is_file():
@@ -338,8 +336,7 @@ def save_weights(path: str | os.PathLike, network: nn.Module, metadata: dict) ->
 def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     """The network that `save_weights` wrote, on the CPU and in evaluation mode, and its metadata.
 
-    Raises:
-        ModelError: the file is missing or damaged, or does not fit a network of this model.py.
+    Raises ModelError if the file is missing or damaged, or does not fit a network of this model.py.
     """
     remedy = "name a file that train.py wrote, or train one with: python train.py --out FILE"
     contents = load_archive(path, {"metadata", "state"}, remedy)

@@ -93,8 +93,7 @@ RECIPES = {
         warmup_fraction=0.15, label_smoothing=0.1, resample=True, autoaugment_group_size=16, crop_padding=2,
         low_resolution_share=0.3, amp_bf16=True),
 }
-# for long runs, with or without teachers
-RECIPES["best"] = dataclasses.replace(
+RECIPES["best"] = dataclasses.replace(  # for long runs, with or without teachers
     RECIPES["fast"], network="gated", epochs=40, lr=0.1, autoaugment_flipped=True, crop_padding=4)
 
 
@@ -150,8 +149,7 @@ def train_one_epoch(
     log-likelihood and the accuracy in percent, over the batches as they were trained on.
     """
     device = next(network.parameters()).device
-    loss_sum = torch.zeros((), device=device)  # summed on the device: reading a number stalls a GPU
-    correct = torch.zeros((), device=device)
+    loss_sum, correct = torch.zeros(2, device=device)  # summed on the device: reading a number stalls a GPU
     samples = 0
     network.train()
     for step, (images, labels) in zip(steps, loader, strict=False):
@@ -204,6 +202,7 @@ def plot_history(run_dir: Path) -> None:
         axes.plot(columns["epoch"], columns[f"train_{name}"], ".-", label="augmented training set (mean of the epoch)")
         axes.plot(columns["epoch"], columns[f"{split}_{name}"], ".-", label=f"{label} (end of the epoch)")
         axes.set(xlabel="epoch", ylabel=ylabel, title=f"CIFAR-10: {run_dir.resolve().name}")
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(run_dir / f"{name}.png", dpi=120)
@@ -214,11 +213,15 @@ def plot_history(run_dir: Path) -> None:
 CHECKPOINT = {"settings", "history", "seconds", "network", "optimizers"}
 
 
-def resume_or_start(run_dir: Path, settings: dict, resume: bool, overwrite: bool) -> dict:
-    """The checkpoint to continue from, its history empty for a new run. Raises TrainingError if it has other
-    settings, or if a new run would replace an unfinished one."""
+def resume_or_start(
+    args: argparse.Namespace, run_dir: Path, settings: dict, network: nn.Module, optimizers: list,
+) -> tuple[list[dict], float]:
+    """Restore the run to resume, or clear the directory for a new one. Returns the history and the seconds so far.
+
+    Raises TrainingError if the checkpoint has other settings, or if a new run would replace an unfinished one.
+    """
     path = run_dir / "checkpoint.pt"
-    if resume:
+    if args.resume:
         checkpoint = model.load_archive(path, CHECKPOINT, "start without --resume")
         saved = checkpoint["settings"]
         changes = [f"{name} was {saved.get(name)}, is {settings.get(name)}"
@@ -226,13 +229,18 @@ def resume_or_start(run_dir: Path, settings: dict, resume: bool, overwrite: bool
         if changes:
             raise TrainingError(
                 f"{run_dir} holds another run ({', '.join(changes)}): give its options, or another --run-dir")
-        return checkpoint
-    if path.exists() and not (run_dir / "result.json").exists() and not overwrite:
+        network.load_state_dict(checkpoint["network"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        return checkpoint["history"], checkpoint["seconds"]
+    if path.exists() and not (run_dir / "result.json").exists() and not args.overwrite:
         saved = model.load_archive(path, CHECKPOINT, "replace it with --overwrite")
         raise TrainingError(
             f"{run_dir} holds an unfinished run, {saved['history'][-1]['epoch']:g} of {saved['settings']['epochs']:g} "
             "epochs done: continue it with --resume, or replace it with --overwrite")
-    return {"history": [], "seconds": 0.0}
+    for name in ("checkpoint.pt", "metrics.csv", "result.json", "accuracy.png", "loss.png"):
+        (run_dir / name).unlink(missing_ok=True)
+    return [], 0.0
 
 
 def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) -> None:
@@ -249,10 +257,6 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
     settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
                 "teachers": [model.describe_training(metadata) for _, metadata in teachers]}
     teachers = [model.export(network).to(device, memory_format=torch.channels_last) for network, _ in teachers]
-    checkpoint = resume_or_start(run_dir, settings, args.resume, args.overwrite)
-    history = checkpoint["history"]
-    start -= checkpoint["seconds"]  # those before the interruption count too
-
     training, test = (split.to(device) for split in load_training_data(args.data_dir, args.validate))
     loader = TrainLoader(
         training, batch_size=recipe.batch_size, seed=args.seed, resample=recipe.resample,
@@ -262,18 +266,14 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
     torch.manual_seed(args.seed)
     network = model.build_network(recipe.network, dropout=recipe.dropout).to(device)
     optimizers = build_optimizers(network, recipe)
-    if history:
-        network.load_state_dict(checkpoint["network"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-    else:
-        for name in ("checkpoint.pt", "metrics.csv", "result.json", "accuracy.png", "loss.png"):
-            (run_dir / name).unlink(missing_ok=True)  # no file of an earlier run stays
+    history, seconds = resume_or_start(args, run_dir, settings, network, optimizers)
+    start -= seconds  # those before the interruption count too
 
     split, images = ("val", "held-out images") if args.validate else ("test", "test images")
     parameters = model.count_parameters(network)
     print(f"recipe {args.recipe}, seed {args.seed}: network {recipe.network}, {parameters:,} parameters")
-    print(f"{len(training.images):,} training images, augmented to {len(loader.images):,}; {len(test.images):,} {images}")
+    print(f"{len(training.images):,} training images, augmented to {len(loader.images):,}; "
+          f"{len(test.images):,} {images}")
     print(f"device {device}, {torch.get_num_threads()} threads, {'bfloat16' if recipe.amp_bf16 else 'float32'}")
     print(f"log and graphs go to {run_dir}, weights to {out}{' (replaced at the end)' if out.exists() else ''}\n")
     print(f"epoch  train loss  train acc  {split:>4} loss  {split:>4} acc        lr  seconds  time left")
@@ -345,8 +345,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue the run in its directory after its last finished epoch")
     add("--overwrite", action="store_true", help="replace an unfinished run in the directory")
     add("--plots-only", action="store_true", help="only draw the graphs, from the run's metrics.csv")
-    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="has CIFAR-10 (default: $CIFAR10_DIR, or data)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: the fastest available)")
+    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="the data set (default: $CIFAR10_DIR, or data)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
     return parser
 
 

@@ -1,38 +1,35 @@
-"""Draw docs/accuracy_vs_parameters.png: published networks (published.csv) and this project's recorded runs.
+"""Draw docs/accuracy_vs_parameters.png: published networks (published.csv) and this project's runs (results.csv).
 
     python docs/accuracy_vs_parameters.py
 """
 
 import csv
-import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 DOCS = Path(__file__).resolve().parent
-OURS = {
-    "recipe report": "report-seed0",
-    "fast, 2.5 epochs": "fast/epochs2.5-seed0",
-    "fast, 48 epochs": "fast/epochs48-seed0",
-    "best": "best/taught-gated-seed0",
-}
-# whose names stand on the left of their points, for want of space
-LEFT = {"LEMONADE", "Restricted_CNN", "Tiniest", "the report", "recipe report", "best"}
+OURS = {"report": "recipe report", "fast": "recipe fast", "fast-48": "fast, 48 epochs", "record": "weights.pkl"}
+# whose names stand to the left of their points
+LEFT = {"LEMONADE", "Restricted_CNN", "Tiniest", "the report", "recipe report", "weights.pkl"}
 
 
-def main() -> None:
-    with open(DOCS / "published.csv", newline="", encoding="utf-8") as file:
-        published = [(int(row["parameters"]), float(row["accuracy"]), row["name"]) for row in csv.DictReader(file)]
-    results = {name: json.loads((DOCS / run / "result.json").read_text()) for name, run in OURS.items()}
-    ours = [(result["parameters"], result["accuracy"], name) for name, result in results.items()]
+def read(name: str) -> list[dict]:
+    with open(DOCS / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
-    fig, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    for points, colour, marker, label in ((published, "tab:gray", "o", "published"), (ours, "tab:red", "*", "here")):
-        axes.plot(*zip(*[point[:2] for point in points]), marker, color=colour, label=label,
-                  markersize=10 if marker == "*" else 6)
+
+def main(out: Path = DOCS / "accuracy_vs_parameters.png") -> None:
+    published = [(int(row["parameters"]), float(row["accuracy"]), row["name"]) for row in read("published.csv")]
+    ours = [(int(row["parameters"]), float(row["accuracy"]), OURS[row["id"]])
+            for row in read("results.csv") if row["id"] in OURS and row["seed"] == "0"]
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for points, colour, marker, size, label in (
+        (published, "tab:gray", "o", 6, "published"), (ours, "tab:red", "*", 10, "this project")
+    ):
+        axes.plot(*zip(*[point[:2] for point in points], strict=True), marker, color=colour, label=label,
+                  markersize=size)
         for parameters, accuracy, name in points:
             left = name in LEFT
             axes.annotate(name, (parameters, accuracy), xytext=(-7 if left else 7, -3), textcoords="offset points",
@@ -46,7 +43,7 @@ def main() -> None:
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
-    fig.savefig(DOCS / "accuracy_vs_parameters.png", dpi=120)
+    figure.savefig(out, dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures: a small learnable stand-in for CIFAR-10, a network, and the real data where it is at hand."""
+"""Fixtures: a small data set that can be learned, untrained weights, and the real CIFAR-10 where it is available."""
 
 import os
 import sys
@@ -11,10 +11,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402  (the scripts live in the root)
-from model import build_network, save_weights  # noqa: E402
+import data
+import model
 
 SMALL = {"train": 200, "test": 100}
+METADATA = {"network": "report", "recipe": "report", "seed": 0, "epochs": 20.0, "validate": False, "accuracy": 10.0}
 
 
 def make_arrays(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -23,10 +24,15 @@ def make_arrays(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     labels = np.arange(n) % 10
     colours = np.random.default_rng(1234).integers(40, 216, (10, 3))
     images = np.broadcast_to(colours[labels][:, None, None], (n, 32, 32, 3)).copy()
-    for image, label in zip(images, labels):
+    for image, label in zip(images, labels, strict=True):
         image[3 * label : 3 * label + 4] = 255 - image[3 * label : 3 * label + 4]
     images = images + rng.normal(0, 25, images.shape)
     return images.clip(0, 255).astype(np.uint8), labels.astype(np.uint8)
+
+
+def make_split(n: int) -> data.Split:
+    images, labels = make_arrays(n, 0)
+    return data.Split(torch.from_numpy(images), torch.from_numpy(labels).long())
 
 
 def small_arrays() -> dict[str, np.ndarray]:
@@ -38,8 +44,8 @@ def small_arrays() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_is_the_right_size():
-    """data.py takes the small data set for whole."""
+def small_sizes():
+    """Let data.py accept the small data set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "SIZES", SMALL)
         yield
@@ -53,21 +59,31 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> list[str]:
+    """The start of a command line that runs one of the scripts in a process of its own, on the small data set."""
+    launcher = tmp_path_factory.mktemp("launcher") / "launcher.py"
+    launcher.write_text(
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.SIZES = {SMALL}; "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    return [sys.executable, str(launcher)]
+
+
 @pytest.fixture
 def weights(tmp_path) -> Path:
     """The weights of an untrained report network."""
     torch.manual_seed(0)
     path = tmp_path / "weights.pkl"
-    save_weights(path, build_network("report"), "report", recipe="report", seed=0, accuracy=10.0, epochs=0)
+    model.save_weights(path, model.build_network("report"), METADATA)
     return path
 
 
 @pytest.fixture
 def real_data(monkeypatch) -> Path:
-    """The folder of the real CIFAR-10; tests that need it are skipped where CIFAR10_DIR names none."""
+    """The folder of the real CIFAR-10; a test that needs it is skipped where CIFAR10_DIR names none."""
     folder = os.environ.get("CIFAR10_DIR")
-    if not folder or not any((Path(folder) / name).exists() for name in (
-            "cifar10.npz", "cifar-10-batches-py", "cifar-10-python.tar.gz")):
+    names = ("cifar10.npz", "cifar-10-batches-py", "cifar-10-python.tar.gz")
+    if not folder or not any((Path(folder) / name).exists() for name in names):
         pytest.skip("CIFAR10_DIR names no folder with the real CIFAR-10")
     monkeypatch.setattr(data, "SIZES", {"train": 50_000, "test": 10_000})
     return Path(folder)
