@@ -19,7 +19,7 @@ import torch.nn.functional as F
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DEFAULT_DATA_DIR = os.environ.get("CIFAR10_DIR") or "data"
 SIZES = {"train": 50_000, "test": 10_000}
-HELD_OUT_SHARE = 10  # --validate holds out the last tenth of the training images, 5,000
+HELD_OUT_FRACTION = 0.1  # --validate holds out the last 5,000 training images
 
 # Of the 50,000 training images, per colour channel, on the scale 0..1.
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465])
@@ -67,12 +67,12 @@ def load_cifar10(data_dir: str | os.PathLike, parts: tuple[str, ...] = ("train",
         return [read_npz(npz, part) for part in parts]
     splits = {part: read_official_files(Path(data_dir), part) for part in SIZES}
     arrays = {f"{part}_{name}": tensor for part in SIZES for name, tensor in splits[part]._asdict().items()}
-    part = npz.with_name(f"cifar10.{os.getpid()}.part.npz")
+    temporary = npz.with_name(f"cifar10.{os.getpid()}.part.npz")
     try:
-        np.savez(part, **arrays)
-        os.replace(part, npz)
+        np.savez(temporary, **arrays)
+        os.replace(temporary, npz)
     except OSError:  # a full or read-only disk only costs seconds at the next start
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return [splits[part] for part in parts]
 
 
@@ -82,7 +82,7 @@ def load_training_data(data_dir: str | os.PathLike, validate: bool = False) -> t
         train, test = load_cifar10(data_dir)
         return train, test
     (train,) = load_cifar10(data_dir, ("train",))  # the test set is not even read
-    cut = len(train.images) - len(train.images) // HELD_OUT_SHARE
+    cut = round((1 - HELD_OUT_FRACTION) * len(train.images))
     return Split(train.images[:cut], train.labels[:cut]), Split(train.images[cut:], train.labels[cut:])
 
 
@@ -99,7 +99,7 @@ def read_npz(path: Path, part: str) -> Split:
 def checked_split(images: np.ndarray, labels: np.ndarray, source: str, part: str) -> Split:
     """A Split of these arrays, or a DataError that says which of them is not CIFAR-10's."""
     shape = (SIZES[part], 32, 32, 3)
-    for fits, name, found, expected in (
+    for fits, name, found, expected in (  # the first that does not fit is reported
         (images.dtype == np.uint8, "images", images.dtype, "uint8"),
         (images.shape == shape, "images", f"of shape {images.shape}", shape),
         (labels.dtype.kind in "iu", "labels", labels.dtype, "integers"),
@@ -118,10 +118,10 @@ def read_official_files(data_dir: Path, part: str) -> Split:
     """
     from torchvision.datasets import CIFAR10  # slow to import, and most runs read cifar10.npz
 
-    socket.setdefaulttimeout(30)  # seconds; a mirror that is silent for longer has failed
+    socket.setdefaulttimeout(30)  # seconds, for the whole process; a mirror that is silent for longer has failed
     failures = []
     for url in MIRRORS:
-        CIFAR10.url = url
+        CIFAR10.url = url  # there is no parameter for it
         try:
             dataset = CIFAR10(data_dir, train=part == "train", download=True)
             return checked_split(dataset.data, np.asarray(dataset.targets), str(data_dir), part)
@@ -146,7 +146,7 @@ def flip_and_rotate(images: torch.Tensor, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     angles = (2 * torch.rand(len(images), generator=generator) - 1) * ROTATION_DEGREES
     rotated = torch.empty_like(images)
-    for i in range(0, len(images), 1000):  # in chunks, since the floats take 12 times the memory
+    for i in range(0, len(images), 1000):  # in chunks, since floats take far more memory
         chunk = images[i : i + 1000].permute(0, 3, 1, 2).float()
         radians = torch.deg2rad(angles[i : i + 1000]).to(images.device)
         cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
@@ -161,7 +161,7 @@ def flip_and_rotate(images: torch.Tensor, seed: int) -> torch.Tensor:
 def autoaugment(images: torch.Tensor, seed: int, group_size: int = 1) -> torch.Tensor:
     """AutoAugment with its CIFAR-10 policy (Cubuk et al. 2018, arXiv 1805.09501): uint8 (N, 32, 32, 3) -> the same.
 
-    torchvision applies one random operation to all images of a call. Each call gets `group_size`
+    torchvision applies one random sub-policy to all images of a call. Each call gets `group_size`
     images, chosen at random: larger groups are faster, and the odds for a single image stay the same.
     """
     from torchvision.transforms import v2  # slow to import, and needed for training only
@@ -226,7 +226,7 @@ class TrainLoader:
         flipped.copy_(flip_and_rotate(original, seed))
         augmented.copy_(autoaugment(original, seed, self.group_size))
         if self.autoaugment_flipped:
-            flipped.copy_(autoaugment(flipped, -1 - seed, self.group_size))
+            flipped.copy_(autoaugment(flipped, -1 - seed, self.group_size))  # negative: the seed of no other draw
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         seed = 10_000 * self.seed + self.epoch
@@ -250,7 +250,7 @@ def batches(split: Split, batch_size: int) -> Iterator[tuple[torch.Tensor, torch
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32) in channels_last memory, zero mean and unit variance a channel."""
+    """uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32) in channels_last memory, zero mean, unit variance per channel."""
     mean, std = 255 * MEAN.to(images.device), 255 * STD.to(images.device)
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 

@@ -60,14 +60,14 @@ def confidence_interval(accuracy: float, n: int) -> tuple[float, float]:
 def calibration_error(log_probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
     """The expected calibration error in percent (Guo et al. 2017, arXiv 1706.04599).
 
-    Images are binned by the probability of their likeliest class. The result is the mean difference
-    between confidence and accuracy, weighted by the images in each bin.
+    Images are binned by the probability of their likeliest class, their confidence. The result is the mean over
+    the bins, weighted by their images, of the absolute difference between mean confidence and accuracy.
     """
     confidence, predicted = log_probabilities.exp().max(dim=1)
     bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    excess = torch.zeros(bins, device=labels.device)
-    excess.index_add_(0, bin_of, confidence - (predicted == labels).float())
-    return 100 * excess.abs().sum().item() / len(labels)
+    gap = torch.zeros(bins, device=labels.device)
+    gap.index_add_(0, bin_of, confidence - (predicted == labels).float())
+    return 100 * gap.abs().sum().item() / len(labels)
 
 
 def confusion_matrix(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -96,8 +96,8 @@ def tta_infer(network: nn.Module, split: Split, batch_size: int | None = None) -
 
 
 def corruptions() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Four corruptions, each uint8 (N, 32, 32, 3) -> the same, on the CPU, at the third of the five severities of
-    CIFAR-10-C (Hendrycks & Dietterich 2019, arXiv 1903.12261)."""
+    """Four of CIFAR-10-C's corruptions, each uint8 (N, 32, 32, 3) -> the same, on the CPU, at the third of
+    its five severities (Hendrycks & Dietterich 2019, arXiv 1903.12261)."""
     from PIL import Image  # torchvision brings Pillow
     from torchvision.transforms.v2 import functional
 
@@ -209,7 +209,7 @@ def print_report(report: dict, device: torch.device, min_accuracy: float) -> Non
         for name, percent in report["corruption_accuracy"].items():
             print(f"accuracy under {name:16} {percent:6.2f} %")
     if "tta_accuracy" in report:
-        print(f"\nwith test-time augmentation, ten views an image: {report['tta_accuracy']:.2f} %")
+        print(f"\nwith test-time augmentation, ten views per image: {report['tta_accuracy']:.2f} %")
     print(f"\n{'PASSED' if report['passed'] else 'FAILED'}: {report['accuracy']:.2f} % is "
           f"{'at least' if report['passed'] else 'below'} the bar of {min_accuracy:g} %")
 
@@ -246,7 +246,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix (default: not drawn)")
     add("--full", action="store_true",
         help="also the 95 %% confidence interval, the calibration error, and the accuracy on corrupted images")
-    add("--tta", action="store_true", help="also the accuracy with test-time augmentation, ten views of each image")
+    add("--tta", action="store_true", help="also the accuracy with test-time augmentation, ten views per image")
     add("--image", nargs="+", metavar="FILE", help="classify these images instead; needs no data set")
     return parser
 

@@ -74,7 +74,7 @@ class FlipConv2d(nn.Module):
     """Flip-equivariant convolution without bias: (N, C_in, H, W) -> (N, C_out, H / stride, W / stride).
 
     Half of the filters are parameters. The other half are the same filters flipped, with the two
-    halves of their input channels swapped.
+    halves of their input channels swapped where a filter sees both.
 
     Args:
         in_channels: 3 for the image itself, which has no halves (the lifting convolution); else even.
@@ -90,7 +90,7 @@ class FlipConv2d(nn.Module):
         self.options = {"stride": stride, "padding": (kernel_size - stride + 1) // 2, "groups": groups}
         self.swaps_halves = in_channels != 3 and groups == 1
         fan_in = in_channels // groups * kernel_size**2
-        # One row per free filter: torch.optim.Muon takes matrices.
+        # One row per stored filter, since torch.optim.Muon takes matrices; He initialisation (arXiv 1502.01852).
         self.weight = nn.Parameter(torch.randn(out_channels // 2, fan_in) * (2 / fan_in) ** 0.5)
 
     def kernel(self) -> torch.Tensor:
@@ -135,9 +135,9 @@ class FlipBatchNorm2d(nn.BatchNorm2d):
 
 
 class SwiGLU(nn.Module):
-    """Half of the channels, after SiLU, gate the other half: (N, 2C, H, W) -> (N, C, H, W).
+    """values * SiLU(gates): (N, 2C, H, W) -> (N, C, H, W), the gate of Shazeer 2020 (arXiv 2002.05202).
 
-    The gated linear unit of Shazeer 2020 (arXiv 2002.05202), within each half of the channels.
+    The input channels are [values | gates] of half a, then [values | gates] of half b.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ class SwiGLU(nn.Module):
 class ResidualBlock(nn.Module):
     """x + layers(x), of the same shape (He et al. 2016, arXiv 1603.05027).
 
-    The last layer starts at zero, so the block starts as the identity (Goyal et al. 2017, arXiv 1706.02677).
+    The last layer starts at zero, so the block starts as the identity (Zhang et al. 2019, arXiv 1901.09321).
     """
 
     def __init__(self, *layers: nn.Module):
@@ -164,7 +164,7 @@ class ResidualBlock(nn.Module):
 
 
 def grouped_block(width: int) -> ResidualBlock:
-    """Grouped 3x3 convolution, 16 channels a group, then a 1x1 one; as in ResNeXt (arXiv 1611.05431)."""
+    """Grouped 3x3 convolution, 16 channels per group, then a 1x1 one; as in ResNeXt (arXiv 1611.05431)."""
     return ResidualBlock(
         FlipConv2d(width, width, 3, groups=width // 16),
         FlipBatchNorm2d(width),
@@ -276,7 +276,7 @@ def export(network: nn.Module) -> nn.Module:
 
 # What a weights file says about its training, by name and type.
 METADATA = {"network": str, "recipe": str, "seed": int, "epochs": float, "validate": bool, "accuracy": float}
-ARCHIVE_LIMIT = 4_000_000  # bytes, several times those of a checkpoint
+ARCHIVE_LIMIT = 4_000_000  # bytes, several times the size of a checkpoint
 
 
 def atomic_write(path: str | os.PathLike, contents: bytes) -> None:
@@ -314,8 +314,8 @@ def load_archive(path: str | os.PathLike, names: set[str], remedy: str) -> dict:
             members = archive.infolist()
             if max(path.stat().st_size, sum(member.file_size for member in members)) > ARCHIVE_LIMIT:
                 raise ValueError(f"it has more than {ARCHIVE_LIMIT:,} bytes")
-            if archive.testzip() or any(member.external_attr & 0x10 for member in members):  # 0x10: a folder
-                raise ValueError("a checksum does not match")
+            if archive.testzip() or any(member.external_attr & 0x10 for member in members):
+                raise ValueError("a checksum does not match, or a tensor is marked as a folder")
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path} is refused, since loading it could run code: {remedy}") from error
@@ -385,6 +385,6 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # PyTorch 2.9 has no get_capabilities
+    # PyTorch 2.9 has no get_capabilities, so float32 is used with it
     features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

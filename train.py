@@ -42,15 +42,15 @@ class TrainingError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a result, except the seed and the teachers. Raises TrainingError for a bad value."""
+    """The settings of a run, except its seed and its teachers. Raises TrainingError for a bad value."""
 
     network: str                        # a key of model.NETWORKS
     # optimisation
     epochs: float                       # passes through the augmented training set; the last may be partial
     batch_size: int
     optimizer: str                      # one of OPTIMIZERS
-    lr: float                           # peak learning rate
-    weight_decay: float
+    lr: float                           # peak learning rate; with muon, that of the convolutions
+    weight_decay: float                 # with muon, of the convolutions
     warmup_fraction: float              # share of the steps in which the learning rate rises
     # regularisation
     dropout: float = 0.0                # of the features before the linear layer
@@ -75,8 +75,8 @@ class Recipe:
             rules.append((name, 0 < getattr(self, name) < math.inf, "above 0"))
         for name in ("warmup_fraction", "dropout", "label_smoothing", "low_resolution_share"):
             rules.append((name, 0 <= getattr(self, name) < 1, "at least 0 and below 1"))
-        for name, is_kept, rule in rules:
-            if not is_kept:
+        for name, is_met, rule in rules:
+            if not is_met:
                 raise TrainingError(f"{name} is {getattr(self, name)!r}: it must be {rule}")
 
 
@@ -117,9 +117,9 @@ def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Opt
     others = [p for p in network.parameters() if all(p is not matrix for matrix in matrices)]
     if not matrices:
         raise TrainingError(f"optimizer is 'muon': it needs a flip-equivariant network, not {recipe.network!r}")
-    # three iterations of the orthogonalisation, not five: an approximation is enough
-    return [torch.optim.Muon(matrices, recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9, ns_steps=3),
-            torch.optim.SGD(others, 0.1, **sgd)]
+    return [  # three iterations of the orthogonalisation, not five: an approximation is enough
+        torch.optim.Muon(matrices, recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9, ns_steps=3),
+        torch.optim.SGD(others, 0.1, **sgd)]
 
 
 def lr_factor(progress: float, warmup_fraction: float) -> float:
@@ -132,10 +132,10 @@ def lr_factor(progress: float, warmup_fraction: float) -> float:
 
 def distillation_loss(log_probabilities: torch.Tensor, teachers: list[nn.Module], images: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy with the teachers' mean probabilities, both softened (Hinton et al. 2015, arXiv 1503.02531).
-    Times TEMPERATURE, so that the gradient has the scale that it has with labels."""
+    Times TEMPERATURE, not its square, so that the gradient is a difference of probabilities, as with labels."""
     with torch.no_grad():
         probabilities = torch.stack([teacher(images).exp() for teacher in teachers]).mean(dim=0)
-    targets = F.softmax(probabilities.clamp(min=1e-6).log() / TEMPERATURE, dim=1)
+    targets = F.softmax(probabilities.clamp(min=1e-6).log() / TEMPERATURE, dim=1)  # no log(0)
     return TEMPERATURE * F.cross_entropy(log_probabilities / TEMPERATURE, targets)
 
 
@@ -145,14 +145,14 @@ def train_one_epoch(
 ) -> tuple[float, float]:
     """One pass through `loader`, or a part of it: `steps` are its step numbers, out of the run's `total_steps`.
 
-    The probabilities of `teachers`, if there are any, replace the labels. Returns the mean negative
-    log-likelihood and the accuracy in percent, over the batches as they were trained on.
+    The probabilities of `teachers`, if there are any, replace the labels. Returns the accuracy in percent and the
+    mean negative log-likelihood, over the batches as they were trained on.
     """
     device = next(network.parameters()).device
     loss_sum, correct = torch.zeros(2, device=device)  # summed on the device: reading a number stalls a GPU
     samples = 0
     network.train()
-    for step, (images, labels) in zip(steps, loader, strict=False):
+    for step, (images, labels) in zip(steps, loader, strict=False):  # the last epoch may be partial
         progress = (step + 0.5) / total_steps  # half a step in: the learning rate is never zero
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress, recipe.warmup_fraction)
@@ -171,7 +171,7 @@ def train_one_epoch(
         samples += len(labels)
         if sys.stdout.isatty() and step % 10 == 0:
             print(f"\r      step {step - steps[0]} of {len(steps)}\r", end="", flush=True)
-    return loss_sum.item() / samples, 100 * correct.item() / samples
+    return 100 * correct.item() / samples, loss_sum.item() / samples
 
 
 # --- what a run prints and leaves behind ----------------------------------------------------------
@@ -191,8 +191,8 @@ def plot_history(run_dir: Path) -> None:
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        split, label = ("val", "held-out images") if "val_loss" in rows[0] else ("test", "test set")
-        names = ("epoch", "train_accuracy", f"{split}_accuracy", "train_loss", f"{split}_loss")
+        prefix, label = ("val", "held-out images") if "val_loss" in rows[0] else ("test", "test set")
+        names = ("epoch", "train_accuracy", f"{prefix}_accuracy", "train_loss", f"{prefix}_loss")
         columns = {name: [float(row[name]) for row in rows] for name in names}
     except (OSError, LookupError, ValueError, TypeError) as error:
         raise TrainingError(f"{path} is not the log of a run ({error}): name another --run-dir") from error
@@ -200,7 +200,7 @@ def plot_history(run_dir: Path) -> None:
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
         axes.plot(columns["epoch"], columns[f"train_{name}"], ".-", label="augmented training set (mean of the epoch)")
-        axes.plot(columns["epoch"], columns[f"{split}_{name}"], ".-", label=f"{label} (end of the epoch)")
+        axes.plot(columns["epoch"], columns[f"{prefix}_{name}"], ".-", label=f"{label} (end of the epoch)")
         axes.set(xlabel="epoch", ylabel=ylabel, title=f"CIFAR-10: {run_dir.resolve().name}")
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
@@ -247,16 +247,16 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
     """Train to the last epoch, and write the weights, the log and the graphs."""
     start = time.perf_counter()
     device = model.pick_device(args.device)
-    teachers = [model.load_weights(path) for path in args.teachers]
-    for path, (_, metadata) in zip(args.teachers, teachers, strict=True):
+    loaded = [model.load_weights(path) for path in args.teachers]
+    for path, (_, metadata) in zip(args.teachers, loaded, strict=True):
         if args.validate and not metadata["validate"]:
             raise TrainingError(f"{path} has seen the held-out images: with --validate, use teachers trained with it")
-    recipe = dataclasses.replace(  # what takes effect
+    recipe = dataclasses.replace(  # the settings that take effect
         recipe, amp_bf16=recipe.amp_bf16 and model.has_bf16(device),
-        label_smoothing=0.0 if teachers else recipe.label_smoothing)
+        label_smoothing=0.0 if loaded else recipe.label_smoothing)
     settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
-                "teachers": [model.describe_training(metadata) for _, metadata in teachers]}
-    teachers = [model.export(network).to(device, memory_format=torch.channels_last) for network, _ in teachers]
+                "teachers": [model.describe_training(metadata) for _, metadata in loaded]}
+    teachers = [model.export(network).to(device, memory_format=torch.channels_last) for network, _ in loaded]
     training, test = (split.to(device) for split in load_training_data(args.data_dir, args.validate))
     loader = TrainLoader(
         training, batch_size=recipe.batch_size, seed=args.seed, resample=recipe.resample,
@@ -269,14 +269,14 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
     history, seconds = resume_or_start(args, run_dir, settings, network, optimizers)
     start -= seconds  # those before the interruption count too
 
-    split, images = ("val", "held-out images") if args.validate else ("test", "test images")
+    prefix, measured = ("val", "held-out images") if args.validate else ("test", "test images")
     parameters = model.count_parameters(network)
     print(f"recipe {args.recipe}, seed {args.seed}: network {recipe.network}, {parameters:,} parameters")
     print(f"{len(training.images):,} training images, augmented to {len(loader.images):,}; "
-          f"{len(test.images):,} {images}")
+          f"{len(test.images):,} {measured}")
     print(f"device {device}, {torch.get_num_threads()} threads, {'bfloat16' if recipe.amp_bf16 else 'float32'}")
     print(f"log and graphs go to {run_dir}, weights to {out}{' (replaced at the end)' if out.exists() else ''}\n")
-    print(f"epoch  train loss  train acc  {split:>4} loss  {split:>4} acc        lr  seconds  time left")
+    print(f"epoch  train loss  train acc  {prefix:>4} loss  {prefix:>4} acc        lr  seconds  time left")
     for row in history:
         print(table_line(row, recipe.epochs))
     total_steps = max(1, round(recipe.epochs * len(loader)))
@@ -285,13 +285,13 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
         torch.manual_seed(10_000 * args.seed + epoch)  # for dropout
         loader.set_epoch(epoch)
         steps = range(epoch * len(loader), min((epoch + 1) * len(loader), total_steps))
-        train_loss, train_accuracy = train_one_epoch(network, teachers, loader, optimizers, recipe, steps, total_steps)
+        train_accuracy, train_loss = train_one_epoch(network, teachers, loader, optimizers, recipe, steps, total_steps)
         if not math.isfinite(train_loss):
             raise TrainingError(f"the loss is {train_loss} in epoch {epoch + 1}: try a smaller --lr")
         accuracy, loss = evaluate(network, test)
         history.append({
             "epoch": min(epoch + 1, recipe.epochs), "train_loss": train_loss, "train_accuracy": train_accuracy,
-            f"{split}_loss": loss, f"{split}_accuracy": accuracy,
+            f"{prefix}_loss": loss, f"{prefix}_accuracy": accuracy,
             "lr": optimizers[0].param_groups[0]["lr"], "seconds": time.perf_counter() - epoch_start})
         lines = [history[0].keys(), *[row.values() for row in history]]
         model.atomic_write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
@@ -300,7 +300,7 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
             "network": network.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
         print(table_line(history[-1], recipe.epochs), flush=True)
 
-    *_, loss, accuracy, _, _ = history[-1].values()
+    accuracy, loss = history[-1][f"{prefix}_accuracy"], history[-1][f"{prefix}_loss"]
     model.save_weights(out, network, {
         "network": recipe.network, "recipe": args.recipe, "seed": args.seed, "epochs": float(recipe.epochs),
         "validate": args.validate, "accuracy": accuracy})
@@ -311,18 +311,18 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
         **{package: version(package) for package in ("torch", "torchvision", "numpy")}}
     model.atomic_write(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     plot_history(run_dir)
-    print(f"\n{accuracy:.2f} % of the {len(test.images):,} {images} after {recipe.epochs:g} epochs and "
+    print(f"\n{accuracy:.2f} % of the {len(test.images):,} {measured} after {recipe.epochs:g} epochs and "
           f"{seconds / 60:.1f} minutes; the weights are in {out}")
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 def recipe_value(text: str) -> tuple[str, object]:
-    """`NAME=VALUE` -> the name, and the value in the type that Recipe gives it, for argparse."""
+    """`NAME=VALUE` -> the name of a field of Recipe, and the value in its type, for argparse."""
     name, _, value = text.partition("=")
     types = {field.name: field.type for field in dataclasses.fields(Recipe)}
     if name not in types:
-        raise argparse.ArgumentTypeError(f"a recipe has no value {name!r}, only {', '.join(types)}")
+        raise argparse.ArgumentTypeError(f"a recipe has no field {name!r}, only {', '.join(types)}")
     try:
         return name, {"True": True, "False": False}[value] if types[name] is bool else types[name](value)
     except (ValueError, KeyError) as error:
@@ -334,9 +334,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="fast", help="the settings to start from (default: %(default)s)")
     add("--epochs", type=float, metavar="N", help="passes through the augmented training set, whole or partial")
-    add("--batch-size", type=int, metavar="N", help="samples a step")
+    add("--batch-size", type=int, metavar="N", help="samples per step")
     add("--lr", type=float, metavar="X", help="peak learning rate")
-    add("--set", type=recipe_value, action="append", default=[], metavar="NAME=VALUE", help="any value of the recipe")
+    add("--set", type=recipe_value, action="append", default=[], metavar="NAME=VALUE", help="any field of the recipe")
     add("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
     add("--teachers", type=Path, nargs="+", default=[], metavar="FILE", help="weights of networks to distil")
     add("--validate", action="store_true", help="hold out the last 5,000 training images and measure on them")
@@ -356,10 +356,10 @@ def run(args: argparse.Namespace) -> None:
     recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
     if not 0 <= args.seed < 2**31:
         raise TrainingError(f"--seed is {args.seed}: it must be from 0 to 2**31 - 1")
-    parts = [args.recipe, f"{recipe.epochs:g}ep", f"seed{args.seed}",
+    words = [args.recipe, f"{recipe.epochs:g}ep", f"seed{args.seed}",
              *[f"{name}={value}" for name, value in changes.items() if name != "epochs"],
              *["_".join(path.with_suffix("").parts[-2:]) for path in args.teachers], *["validate"] * args.validate]
-    run_dir = args.run_dir or Path("runs") / "-".join(parts)  # a directory of its own for each variant
+    run_dir = args.run_dir or Path("runs") / "-".join(words)  # a directory of its own for each variant
     if args.plots_only:
         plot_history(run_dir)
         print(f"drawn: {run_dir / 'accuracy.png'}, {run_dir / 'loss.png'}")

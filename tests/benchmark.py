@@ -94,7 +94,7 @@ def print_steps(train: Split, rounds: int) -> None:
     for name, (recipe, _) in steps.items():
         print(f"  {name:36}{1000 * seconds[name]:7.0f} ms  {recipe.batch_size / seconds[name]:7.0f} images per second")
     minutes = report.epochs * 3 * len(train.images) / report.batch_size * seconds[plain] / 60
-    print(f"R, all steps of the report's recipe in contiguous memory: {minutes:.1f} minutes")
+    print(f"all steps of the report's recipe, in contiguous memory: {minutes:.1f} minutes")
 
 
 def print_loader(train: Split) -> None:

@@ -131,7 +131,7 @@ def test_full_and_tta(dataset, weights, capsys):
     assert report["corruption_accuracy"].keys() == {"gaussian noise", "gaussian blur", "jpeg", "contrast"}
     numbers = [report["calibration_error"], report["tta_accuracy"], *report["corruption_accuracy"].values()]
     assert all(0 <= number <= 100 and f"{number:.2f} %" in text for number in numbers)
-    assert text.index("test images: accuracy") < text.index("with test-time augmentation, ten views")
+    assert text.index("test images: accuracy") < text.index("with test-time augmentation, ten views per image")
 
 
 def test_text_and_exit_status(dataset, weights, tmp_path, capsys):

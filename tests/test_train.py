@@ -437,7 +437,7 @@ def test_the_loss_that_is_logged_has_no_label_smoothing():
             module.train = lambda mode, module=module: module  # keeps the running statistics in use
     loader = TrainLoader(make_split(20), batch_size=60)
     recipe = dataclasses.replace(train.RECIPES["fast"], low_resolution_share=0.0, amp_bf16=False)
-    loss, accuracy = train.train_one_epoch(network, [], loader, [], recipe, range(1), 1)
+    accuracy, loss = train.train_one_epoch(network, [], loader, [], recipe, range(1), 1)
     assert (accuracy, loss) == pytest.approx(eval.evaluate(network, Split(loader.images, loader.labels)), rel=1e-4)
 
 
@@ -486,7 +486,7 @@ def test_bad_values_are_one_sentence_that_names_the_value(options, message, data
 
 @pytest.mark.parametrize("options, message", [
     (["--batch-size", "many"], "invalid int value: 'many'"),
-    (["--set", "size=3"], "a recipe has no value 'size'"),
+    (["--set", "size=3"], "a recipe has no field 'size'"),
     (["--set", "dropout=much"], "dropout takes float values, not 'much'"),
     (["--set", "amp_bf16=yes"], "amp_bf16 takes bool values, not 'yes'"),
     (["--recipe", "none"], "invalid choice: 'none'"),
