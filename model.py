@@ -95,11 +95,11 @@ class FlipConv2d(nn.Module):
 
     def kernel(self) -> torch.Tensor:
         """The weight (C_out, C_in / groups, kernel_size, kernel_size) of the whole layer."""
-        free = self.weight.unflatten(1, (-1, self.kernel_size, self.kernel_size))
-        flipped = free.flip(3)
+        stored = self.weight.unflatten(1, (-1, self.kernel_size, self.kernel_size))
+        flipped = stored.flip(3)
         if self.swaps_halves:
             flipped = flipped.roll(flipped.shape[1] // 2, dims=1)
-        return torch.cat([free, flipped]).contiguous(memory_format=torch.channels_last)
+        return torch.cat([stored, flipped]).contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, self.kernel(), **self.options)

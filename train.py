@@ -341,7 +341,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--teachers", type=Path, nargs="+", default=[], metavar="FILE", help="weights of networks to distil")
     add("--validate", action="store_true", help="hold out the last 5,000 training images and measure on them")
     add("--out", type=Path, metavar="FILE", help="the weights (default: weights.pkl; with --validate, in --run-dir)")
-    add("--run-dir", type=Path, metavar="DIR", help="log, graphs and checkpoint (default: runs/ and the settings)")
+    add("--run-dir", type=Path, metavar="DIR", help="log and checkpoint (default: in runs/, named after the settings)")
     add("--resume", action="store_true", help="continue the run in its directory after its last finished epoch")
     add("--overwrite", action="store_true", help="replace an unfinished run in the directory")
     add("--plots-only", action="store_true", help="only draw the graphs, from the run's metrics.csv")

@@ -64,7 +64,8 @@ def python(tmp_path_factory) -> list[str]:
     """The start of a command line that runs one of the scripts in a process of its own, on the small data set."""
     launcher = tmp_path_factory.mktemp("launcher") / "launcher.py"
     launcher.write_text(
-        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
+        # a background job of a shell ignores SIGINT, and so would its child
+        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.path.insert(0, {str(ROOT)!r}); import data; data.SIZES = {SMALL}\n"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
     return [sys.executable, str(launcher)]
