@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout  # a dependency of torch
 from torch import nn
 
 import model
-from data import DEFAULT_DATA_DIR, DataError, TrainLoader, load_training_data, progressive_resize
+from data import DEFAULT_DATA_DIR, DataError, Split, TrainLoader, load_training_data, progressive_resize
 from eval import evaluate
 
 
@@ -142,14 +142,14 @@ def distillation_loss(log_probabilities: torch.Tensor, teachers: list[nn.Module]
 def train_one_epoch(
     network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, optimizers: list[torch.optim.Optimizer],
     recipe: Recipe, steps: range, total_steps: int,
-) -> tuple[float, float]:
+) -> float:
     """One pass through `loader`, or a part of it: `steps` are its step numbers, out of the run's `total_steps`.
 
-    The probabilities of `teachers`, if there are any, replace the labels. Returns the accuracy in percent and the
-    mean negative log-likelihood, over the batches as they were trained on.
+    The probabilities of `teachers`, if there are any, replace the labels. Returns the mean negative log-likelihood
+    over the batches as they were trained on.
     """
     device = next(network.parameters()).device
-    loss_sum, correct = torch.zeros(2, device=device)  # summed on the device: reading a number stalls a GPU
+    loss_sum = torch.zeros((), device=device)  # summed on the device: reading a number stalls a GPU
     samples = 0
     network.train()
     for step, (images, labels) in zip(steps, loader, strict=False):  # the last epoch may be partial
@@ -167,17 +167,16 @@ def train_one_epoch(
         for optimizer in optimizers:
             optimizer.step()
         loss_sum += F.nll_loss(log_probabilities.detach(), labels, reduction="sum")
-        correct += (log_probabilities.detach().argmax(dim=1) == labels).sum()
         samples += len(labels)
         if sys.stdout.isatty() and step % 10 == 0:
             print(f"\r      step {step - steps[0]} of {len(steps)}\r", end="", flush=True)
-    return 100 * correct.item() / samples, loss_sum.item() / samples
+    return loss_sum.item() / samples
 
 
 # --- what a run prints and leaves behind ----------------------------------------------------------
 
 def table_line(row: dict, epochs: float) -> str:
-    epoch, train_loss, train_accuracy, loss, accuracy, lr, seconds = row.values()
+    epoch, train_loss, train_accuracy, loss, accuracy, _, lr, seconds = row.values()
     left = round(seconds * (epochs - epoch))
     return (f"{epoch:5g}  {train_loss:10.4f}  {train_accuracy:8.2f}%  {loss:9.4f}  {accuracy:7.2f}%  {lr:8.5f}"
             f"  {seconds:7.1f}  {left // 3600:3}:{left // 60 % 60:02}:{left % 60:02}")
@@ -199,9 +198,9 @@ def plot_history(run_dir: Path) -> None:
     for name, ylabel in (("accuracy", "accuracy (%)"), ("loss", "loss (negative log-likelihood)")):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        axes.plot(columns["epoch"], columns[f"train_{name}"], ".-", label="augmented training set (mean of the epoch)")
-        axes.plot(columns["epoch"], columns[f"{prefix}_{name}"], ".-", label=f"{label} (end of the epoch)")
-        axes.set(xlabel="epoch", ylabel=ylabel, title=f"CIFAR-10: {run_dir.resolve().name}")
+        axes.plot(columns["epoch"], columns[f"train_{name}"], ".-", label=f"{TRAIN_SAMPLE:,} training images")
+        axes.plot(columns["epoch"], columns[f"{prefix}_{name}"], ".-", label=label)
+        axes.set(xlabel="epoch (values at its end)", ylabel=ylabel, title=f"CIFAR-10: {run_dir.resolve().name}")
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -210,6 +209,7 @@ def plot_history(run_dir: Path) -> None:
 
 # --- the run --------------------------------------------------------------------------------------
 
+TRAIN_SAMPLE = 5_000  # training images, not augmented, that the network is measured on after each epoch
 CHECKPOINT = {"settings", "history", "seconds", "network", "optimizers"}
 
 
@@ -258,6 +258,7 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
                 "teachers": [model.describe_training(metadata) for _, metadata in loaded]}
     teachers = [model.export(network).to(device, memory_format=torch.channels_last) for network, _ in loaded]
     training, test = (split.to(device) for split in load_training_data(args.data_dir, args.validate))
+    train_sample = Split(training.images[:TRAIN_SAMPLE], training.labels[:TRAIN_SAMPLE])
     loader = TrainLoader(
         training, batch_size=recipe.batch_size, seed=args.seed, resample=recipe.resample,
         autoaugment_group_size=recipe.autoaugment_group_size, autoaugment_flipped=recipe.autoaugment_flipped,
@@ -285,13 +286,14 @@ def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) ->
         torch.manual_seed(10_000 * args.seed + epoch)  # for dropout
         loader.set_epoch(epoch)
         steps = range(epoch * len(loader), min((epoch + 1) * len(loader), total_steps))
-        train_accuracy, train_loss = train_one_epoch(network, teachers, loader, optimizers, recipe, steps, total_steps)
-        if not math.isfinite(train_loss):
-            raise TrainingError(f"the loss is {train_loss} in epoch {epoch + 1}: try a smaller --lr")
+        batch_loss = train_one_epoch(network, teachers, loader, optimizers, recipe, steps, total_steps)
+        if not math.isfinite(batch_loss):
+            raise TrainingError(f"the loss is {batch_loss} in epoch {epoch + 1}: try a smaller --lr")
+        train_accuracy, train_loss = evaluate(network, train_sample)
         accuracy, loss = evaluate(network, test)
         history.append({
             "epoch": min(epoch + 1, recipe.epochs), "train_loss": train_loss, "train_accuracy": train_accuracy,
-            f"{prefix}_loss": loss, f"{prefix}_accuracy": accuracy,
+            f"{prefix}_loss": loss, f"{prefix}_accuracy": accuracy, "batch_loss": batch_loss,
             "lr": optimizers[0].param_groups[0]["lr"], "seconds": time.perf_counter() - epoch_start})
         lines = [history[0].keys(), *[row.values() for row in history]]
         model.atomic_write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())

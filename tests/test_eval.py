@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import eval
+import model
 
 
 def log_probabilities_of(classes: list[int]) -> torch.Tensor:
@@ -146,6 +147,34 @@ def test_text_and_exit_status(dataset, weights, tmp_path, capsys):
     assert Image.open(tmp_path / "c.png").size > (300, 300)
 
 
+def test_confident_mistakes_by_hand():
+    labels = torch.tensor([0, 1, 2, 3])
+    probabilities = torch.full((4, 10), 0.01)
+    for image, (predicted, probability) in enumerate([(5, 0.6), (1, 0.99), (9, 0.9), (0, 0.7)]):
+        probabilities[image, predicted] = probability
+    mistakes = eval.confident_mistakes(probabilities.log(), labels, n=2)
+    assert mistakes == [
+        {"image": 2, "class": "bird", "predicted": "truck", "probability": 90.0},
+        {"image": 3, "class": "cat", "predicted": "airplane", "probability": 70.0}]
+    assert len(eval.confident_mistakes(probabilities.log(), labels, n=24)) == 3  # image 1 is right
+
+
+def test_figure_of_the_mistakes(dataset, weights, tmp_path, monkeypatch):
+    """It shows the images that --json lists, each under its own title."""
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "imshow", lambda axes, image: drawn.append(image))
+    test = data.load_cifar10(dataset, ("test",))[0]
+    mistakes = [{"image": i, "class": "cat", "predicted": "dog", "probability": 90.0} for i in (7, 3)]
+    eval.plot_mistakes({"confident_mistakes": mistakes}, test, tmp_path / "m")
+    assert np.array_equal(drawn, test.images[[7, 3]])
+    monkeypatch.undo()
+    command = ["--weights", str(weights), "--data-dir", str(dataset), "--mistakes", str(tmp_path / "m.png")]
+    assert eval.main(command) in (0, 1)
+    assert Image.open(tmp_path / "m.png").size > (300, 300)
+
+
 @pytest.mark.parametrize("bar, status", [("1", 0), ("99.9", 1)])
 def test_json(bar, status, dataset, weights, capsys):
     command = ["--weights", str(weights), "--data-dir", str(dataset), "--json", "--min-accuracy", bar]
@@ -163,21 +192,40 @@ def test_batch_size_does_not_change_the_result(dataset, weights, capsys):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_batches_are_small_on_a_cpu_only(monkeypatch):
-    sizes = []
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_the_result(threads):
+    """On a CPU each thread takes whole batches, so the results stay in order, to the last bit."""
+    torch.manual_seed(0)
+    network, split = model.build_network("gated").eval(), make_split(10)
+    one_by_one = torch.cat([model.export(network)(data.normalize(image[None])) for image in split.images])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = [eval.infer(network, split, batch_size) for batch_size in (None, 7, 7)]
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[1], found[2])
+    assert all(torch.allclose(log_probabilities, one_by_one, atol=1e-4) for log_probabilities in found)
 
-    class Elsewhere:
-        """Images that say they are on a GPU."""
-        device = torch.device("cuda")
 
-    def record(split, batch_size):
-        sizes.append(batch_size)
-        return [(torch.zeros(1), None)]
+@pytest.mark.parametrize("device, sizes", [("cpu", [40, 40, 20]), ("cuda", [100])])
+def test_batches_are_small_on_a_cpu_only(device, sizes, monkeypatch):
+    class Images:
+        """Images that say where they are."""
+        device = None
 
-    monkeypatch.setattr(eval, "batches", record)
-    for images in (torch.zeros(1), Elsewhere()):
-        eval.infer(torch.nn.Identity(), data.Split(images, torch.zeros(1)))
-    assert sizes == [25, 1000]
+        def split(self, size):
+            return torch.zeros(100).split(size)
+
+    Images.device = torch.device(device)
+    monkeypatch.setattr(eval, "normalize", lambda images: images)
+    found = []
+    network = torch.nn.Identity()
+    monkeypatch.setattr(model, "export", lambda network: network)
+    network.forward = lambda images: found.append(len(images)) or images
+    eval.infer(network, data.Split(Images(), torch.zeros(100)))
+    assert sorted(found, reverse=True) == sizes
 
 
 @pytest.mark.parametrize("size", ["0", "-3", "many"])

@@ -59,6 +59,33 @@ def test_networks_have_the_parameters_and_multiply_adds_of_their_docstrings(name
     assert counter.get_total_flops() / 2e6 == pytest.approx(millions, abs=0.05)
 
 
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_the_table_of_layers_against_pytorchs_counter(name, capsys):
+    network = build_network(name)
+    with FlopCounterMode(display=False, depth=10) as counter:
+        network.eval()(torch.randn(1, 3, 32, 32))
+    flops = {path.partition(".")[2]: sum(of_module.values()) for path, of_module in counter.get_flop_counts().items()}
+    rows = model.layers(network)
+    assert [row[0] for row in rows] == [name for name, module in network.named_modules() if not list(module.children())]
+    for layer, _, _, parameters, multiply_adds in rows:
+        assert 2 * multiply_adds == flops.get(layer, 0), layer
+        assert parameters == model.count_parameters(network.get_submodule(layer))
+    model.main([name])
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].split() == [
+        "sum", f"{model.count_parameters(network):,}", f"{counter.get_total_flops() // 2:,}"]
+    assert len(out.splitlines()) == len(rows) + 5
+
+
+def test_tables_of_all_networks(capsys):
+    model.main([])
+    out = capsys.readouterr().out
+    assert all(f"\n{name}\n" in out for name in model.NETWORKS)
+    with pytest.raises(SystemExit):
+        model.main(["other"])
+    assert "invalid choice: 'other'" in capsys.readouterr().err
+
+
 def test_frozen_parameters_count_too():
     network = build_network("report")
     network.features[0].weight.requires_grad_(False)
@@ -165,11 +192,15 @@ def test_a_block_starts_as_the_identity(block):
     assert torch.equal(block(64)(x), x)
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_swiglu_against_its_formula(memory_format):
-    x = torch.randn(2, 8, 3, 5).to(memory_format=memory_format)  # [values, gates] of one half, then of the other
-    by_hand = torch.cat([x[:, 0:2] * F.silu(x[:, 2:4]), x[:, 4:6] * F.silu(x[:, 6:8])], dim=1)
-    assert torch.allclose(SwiGLU()(x), by_hand, atol=1e-6)
+@pytest.mark.parametrize("training", [True, False])
+def test_swiglu_against_its_formula(training):
+    torch.manual_seed(0)
+    gate, x = SwiGLU(8, 12), torch.randn(2, 8, 3, 5)
+    before = x.clone()
+    values, gates = (F.conv2d(x, layer.kernel()) for layer in (gate.values, gate.gates))
+    with torch.set_grad_enabled(training):
+        assert torch.allclose(gate(x), values * gates * gates.sigmoid(), atol=1e-5)
+    assert torch.equal(x, before) and values.shape == (2, 12, 3, 5)
 
 
 @pytest.mark.parametrize("name", ["grouped", "gated"])

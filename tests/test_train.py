@@ -91,6 +91,14 @@ def test_it_learns(finished):
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
 
 
+def test_the_training_curve_is_that_of_training_images_as_they_are(finished, dataset):
+    """So that both curves of a graph answer the same question."""
+    training, _ = load_training_data(dataset)
+    network, _ = model.load_weights(finished / "weights.pkl")
+    last = rows_of(finished)[-1]
+    assert (float(last["train_accuracy"]), float(last["train_loss"])) == eval.evaluate(network, training)
+
+
 def test_eval_gives_the_accuracy_that_train_gave(finished, dataset, capsys):
     eval.main(["--weights", str(finished / "weights.pkl"), "--data-dir", str(dataset), "--json", "--device", "cpu"])
     report = json.loads(capsys.readouterr().out)
@@ -135,7 +143,7 @@ def test_plots_need_only_the_log(options, message, finished, dataset, tmp_path, 
     monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *args, label: labels.append(label))
     monkeypatch.setattr(Axes, "legend", lambda axes: None)
     assert train.main(["--plots-only", "--run-dir", str(folder)]) == 0
-    assert sum(label == f"{message} (end of the epoch)" for label in labels) == 2 == len(labels) / 2
+    assert labels == 2 * ["5,000 training images", message]
     assert Image.open(folder / "accuracy.png").size > (300, 300) and (folder / "loss.png").exists()
 
 
@@ -250,7 +258,7 @@ def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
     assert float(rows_of(whole)[-1]["test_accuracy"]) > 60  # ten classes: chance is 10
     assert_same_runs(whole, parts)
     assert train_in(tmp_path, dataset, *options, "--epochs", "2", "--set", "resample=False") == 0
-    losses, fixed = ([row["train_loss"] for row in rows_of(folder)] for folder in (whole, tmp_path))
+    losses, fixed = ([row["batch_loss"] for row in rows_of(folder)] for folder in (whole, tmp_path))
     assert losses[0] == fixed[0] and losses[1] != fixed[1]  # the second epoch has other draws
 
 
@@ -428,7 +436,7 @@ def test_lr_factor():
 
 
 def test_the_loss_that_is_logged_has_no_label_smoothing():
-    """Without an update, the loss and the accuracy of an epoch are those of the network as it is."""
+    """Without an update, the loss of an epoch is that of the network as it is."""
     torch.manual_seed(0)
     network = model.build_network("grouped")
     for module in network.modules():
@@ -437,15 +445,15 @@ def test_the_loss_that_is_logged_has_no_label_smoothing():
             module.train = lambda mode, module=module: module  # keeps the running statistics in use
     loader = TrainLoader(make_split(20), batch_size=60)
     recipe = dataclasses.replace(train.RECIPES["fast"], low_resolution_share=0.0, amp_bf16=False)
-    accuracy, loss = train.train_one_epoch(network, [], loader, [], recipe, range(1), 1)
-    assert (accuracy, loss) == pytest.approx(eval.evaluate(network, Split(loader.images, loader.labels)), rel=1e-4)
+    loss = train.train_one_epoch(network, [], loader, [], recipe, range(1), 1)
+    assert loss == pytest.approx(eval.evaluate(network, Split(loader.images, loader.labels))[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
 def test_the_loss_falls_with_every_optimizer(optimizer, dataset, tmp_path):
     assert train_in(tmp_path, dataset, "--recipe", "fast", "--epochs", "2", "--set", f"optimizer={optimizer}",
                     "--lr", "0.01") == 0
-    losses = [float(row["train_loss"]) for row in rows_of(tmp_path)]
+    losses = [float(row["batch_loss"]) for row in rows_of(tmp_path)]
     assert losses[1] < losses[0]
 
 
