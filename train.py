@@ -102,12 +102,40 @@ RECIPES["best"] = dataclasses.replace(  # for long runs, with or without teacher
 TEMPERATURE = 2.0  # of distillation; not tuned
 
 
-def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """SGD, AdamW, or Muon for the flip-equivariant convolutions with SGD for all other parameters.
+class BatchedMuon(torch.optim.Muon):
+    """torch.optim.Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), to the same digits and faster.
 
-    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the update of a weight matrix,
-    so that all its directions are learned at one rate.
+    Muon orthogonalises the update of a weight matrix, so that all its directions are learned at one rate. Here all
+    matrices of the same shape are orthogonalised together.
     """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            momentum, (a, b, c) = group["momentum"], group["ns_coefficients"]
+            by_shape = {}
+            for parameter in group["params"]:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+            for (rows, columns), parameters in by_shape.items():
+                updates = []
+                for parameter in parameters:
+                    buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                    buffer.lerp_(parameter.grad, 1 - momentum)
+                    updates.append(parameter.grad.lerp(buffer, momentum))
+                x = torch.stack(updates).bfloat16()
+                x = x.mT if rows > columns else x
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+                for _ in range(group["ns_steps"]):  # Newton-Schulz iteration
+                    gram = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                x = x.mT if rows > columns else x
+                for parameter, update in zip(parameters, x, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """SGD, AdamW, or Muon for the flip-equivariant convolutions with SGD for all other parameters."""
     sgd = {"momentum": 0.9, "nesterov": True}
     if recipe.optimizer == "sgd":
         return [torch.optim.SGD(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **sgd)]
@@ -118,7 +146,7 @@ def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Opt
     if not matrices:
         raise TrainingError(f"optimizer is 'muon': it needs a flip-equivariant network, not {recipe.network!r}")
     return [  # three iterations of the orthogonalisation, not five: an approximation is enough
-        torch.optim.Muon(matrices, recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9, ns_steps=3),
+        BatchedMuon(matrices, recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9, ns_steps=3),
         torch.optim.SGD(others, 0.1, **sgd)]
 
 

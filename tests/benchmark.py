@@ -157,8 +157,10 @@ def main(argv: list[str] | None = None) -> None:
     # first, while this process is small: the memory of a child starts with that of its parent
     evaluation = [str(ROOT / "eval.py"), "--weights", str(ROOT / "weights.pkl"), "--data-dir", data_dir,
                   "--device", "cpu", "--min-accuracy", "0"]
-    runs = [measure_process(*evaluation) for _ in range(3)]
-    print(f"eval.py: {statistics.median(seconds for seconds, _ in runs):.1f} s, peak memory {runs[0][1]:.2f} GB")
+    runs = [(*measure_process("-c", "import torch"), *measure_process(*evaluation)) for _ in range(5)]
+    ratio = statistics.median(seconds / import_seconds for import_seconds, _, seconds, _ in runs)
+    print(f"eval.py: {statistics.median(run[2] for run in runs):.1f} s, {ratio:.2f} times as long as import torch, "
+          f"peak memory {runs[0][3]:.2f} GB")
     with tempfile.TemporaryDirectory() as folder:
         seconds, memory = measure_process(
             str(ROOT / "train.py"), "--epochs", "0.1", "--validate", "--run-dir", folder, "--data-dir", data_dir)

@@ -457,6 +457,22 @@ def test_the_loss_falls_with_every_optimizer(optimizer, dataset, tmp_path):
     assert losses[1] < losses[0]
 
 
+def test_batched_muon_is_pytorchs():
+    torch.manual_seed(0)
+    shapes = [(32, 64), (6, 9), (32, 64), (9, 6), (6, 9), (32, 64)]
+    matrices, copies = ([torch.nn.Parameter(0.1 * torch.ones(shape)) for shape in shapes] for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.3, "momentum": 0.9, "ns_steps": 3}
+    batched, reference = train.BatchedMuon(matrices, **options), torch.optim.Muon(copies, **options)
+    for _ in range(3):
+        for matrix, copy in zip(matrices, copies, strict=True):
+            matrix.grad = torch.randn(matrix.shape)
+            copy.grad = matrix.grad.clone()
+        batched.step()
+        reference.step()
+    assert all(torch.allclose(matrix, copy, atol=1e-3) for matrix, copy in zip(matrices, copies, strict=True))
+    reference.load_state_dict(batched.state_dict())  # the state has the same layout
+
+
 def test_muon_takes_the_convolutions_and_sgd_all_other_parameters():
     network = model.build_network("gated")
     muon, sgd = train.build_optimizers(network, train.RECIPES["best"])
