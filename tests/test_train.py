@@ -438,7 +438,7 @@ def test_lr_factor():
 def test_the_loss_that_is_logged_has_no_label_smoothing():
     """Without an update, the loss of an epoch is that of the network as it is."""
     torch.manual_seed(0)
-    network = model.build_network("grouped")
+    network = model.build_network("gated")
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum, module.training = 0.0, False
@@ -497,7 +497,7 @@ def test_every_recipe_is_within_the_limit(recipe):
     (["--set", "weight_decay=-1"], "weight_decay is -1.0: it must be 0 or more"),
     (["--set", "crop_padding=33"], "crop_padding is 33: it must be from 0 to 32"),
     (["--set", "optimizer=magic"], "optimizer is 'magic': it must be one of sgd, adamw, muon"),
-    (["--set", "network=wide"], "network is 'wide': it must be one of report, grouped, gated"),
+    (["--set", "network=wide"], "network is 'wide': it must be one of report, gated"),
     (["--set", "optimizer=muon"], "optimizer is 'muon': it needs a flip-equivariant network, not 'report'"),
     (["--seed", "-1"], "--seed is -1: it must be from 0 to 2**31 - 1"),
     (["--teachers", "none.pkl"], "there is no file none.pkl"),
