@@ -407,8 +407,8 @@ def layers(network: nn.Module) -> list[tuple[str, str, str, int, int]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Print the layers of the networks.")
     parser.add_argument("network", nargs="?", choices=NETWORKS, help="one of the networks (default: all)")
-    name = parser.parse_args(argv).network
-    for name in [name] if name else NETWORKS:
+    chosen = parser.parse_args(argv).network
+    for name in [chosen] if chosen else NETWORKS:
         rows = layers(build_network(name))
         total = ("", "sum", "", sum(row[3] for row in rows), sum(row[4] for row in rows))
         print(f"\n{name}\n\n{'layer':32}{'type':17}{'output':>9}{'parameters':>12}{'multiply-adds':>15}")

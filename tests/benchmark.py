@@ -1,6 +1,6 @@
 """Speed, memory and accuracy for the time spent, on the real data.
 
-    python tests/benchmark.py                trainings of "fast" too: 40 minutes on two cores
+    python tests/benchmark.py                trainings too: two hours on two cores
     python tests/benchmark.py --steps-only   about five minutes
 
 Let nothing else run meanwhile, and compare the ratios within one run: a machine is not equally fast at all hours.
@@ -127,17 +127,20 @@ def print_inference(test: Split) -> None:
         print(f"  {name:36}{seconds:7.2f} s   {len(test.images) / seconds:7.0f} images per second")
 
 
-def print_trainings(epochs: list[float], seeds: int, data_dir: str, folder: Path) -> None:
-    """Train "fast": its own number of epochs with several seeds, and the other numbers with seed 0."""
+def print_trainings(trainings: list[str], seeds: int, data_dir: str, folder: Path) -> None:
+    """Run train.py for each "recipe:epochs": the default training with several seeds, all others once."""
     print("\ntrain.py, start-up included")
-    for n in epochs:
-        for seed in range(seeds if n == RECIPES["fast"].epochs else 1):
-            run_dir = folder / f"fast-{n:g}ep-seed{seed}"
+    for training in trainings:
+        recipe, epochs = training.split(":")
+        for seed in range(seeds if training == f"fast:{RECIPES['fast'].epochs:g}" else 1):
+            run_dir = folder / f"{recipe}-{epochs}ep-seed{seed}"
             seconds, memory = measure_process(
-                str(ROOT / "train.py"), "--epochs", str(n), "--seed", str(seed), "--data-dir", data_dir,
-                "--run-dir", str(run_dir), "--out", str(run_dir / "weights.pkl"), "--device", "cpu", "--overwrite")
+                str(ROOT / "train.py"), "--recipe", recipe, "--epochs", epochs, "--seed", str(seed),
+                "--data-dir", data_dir, "--run-dir", str(run_dir), "--out", str(run_dir / "weights.pkl"),
+                "--device", "cpu", "--overwrite")
             accuracy = json.loads((run_dir / "result.json").read_text())["accuracy"]
-            print(f"  {n:4g} epochs, seed {seed}: {accuracy:.2f} % in {seconds:.0f} s, {memory:.2f} GB", flush=True)
+            print(f"  {recipe}, {epochs:>4} epochs, seed {seed}: {accuracy:.2f} % in {seconds:.0f} s, {memory:.2f} GB",
+                  flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,8 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--steps-only", action="store_true", help="no trainings")
     add("--rounds", type=int, default=25, metavar="N", help="steps timed of each kind (default: %(default)s)")
-    add("--epochs", type=float, nargs="+", default=[0.8, 2.5, 8], metavar="N", help="trainings (default: %(default)s)")
-    add("--seeds", type=int, default=5, metavar="N", help="of fast with its own epochs (default: %(default)s)")
+    add("--trainings", nargs="+", default=["fast:0.4", "fast:0.9", "fast:2", "fast:9", "best:40"],
+        metavar="RECIPE:EPOCHS", help="(default: %(default)s)")
+    add("--seeds", type=int, default=5, metavar="N", help="of the default training (default: %(default)s)")
     add("--folder", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="for them (default: %(default)s)")
     add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="the data set (default: $CIFAR10_DIR, or data)")
     args = parser.parse_args(argv)
@@ -166,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
             str(ROOT / "train.py"), "--epochs", "0.1", "--validate", "--run-dir", folder, "--data-dir", data_dir)
     print(f"train.py --epochs 0.1 --validate: {seconds:.1f} s, peak memory {memory:.2f} GB", flush=True)
     if not args.steps_only:
-        print_trainings(args.epochs, args.seeds, data_dir, args.folder)
+        print_trainings(args.trainings, args.seeds, data_dir, args.folder)
     train, test = load_cifar10(data_dir)
     print_steps(train, args.rounds)
     print_loader(train)

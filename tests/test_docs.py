@@ -160,6 +160,6 @@ def test_benchmark(benchmark, dataset, capsys):
 
 
 def test_benchmark_of_trainings(benchmark, dataset, tmp_path, capsys):
-    benchmark.print_trainings([0.5], 5, str(dataset), tmp_path)
-    assert "0.5 epochs, seed 0:" in capsys.readouterr().out
+    benchmark.print_trainings(["fast:0.5"], 5, str(dataset), tmp_path)
+    assert "fast,  0.5 epochs, seed 0:" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["fast-0.5ep-seed0"]
