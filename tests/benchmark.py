@@ -128,19 +128,16 @@ def print_inference(test: Split) -> None:
 
 
 def print_trainings(trainings: list[str], seeds: int, data_dir: str, folder: Path) -> None:
-    """Run train.py for each "recipe:epochs": the default training with several seeds, all others once."""
+    """Run train.py with each of these options: once, or with several seeds where there are none."""
     print("\ntrain.py, start-up included")
-    for training in trainings:
-        recipe, epochs = training.split(":")
-        for seed in range(seeds if training == f"fast:{RECIPES['fast'].epochs:g}" else 1):
-            run_dir = folder / f"{recipe}-{epochs}ep-seed{seed}"
+    for options in trainings:
+        for seed in range(1 if options else seeds):
+            run_dir = folder / "".join([*options.split(), f"seed{seed}"])
             seconds, memory = measure_process(
-                str(ROOT / "train.py"), "--recipe", recipe, "--epochs", epochs, "--seed", str(seed),
-                "--data-dir", data_dir, "--run-dir", str(run_dir), "--out", str(run_dir / "weights.pkl"),
-                "--device", "cpu", "--overwrite")
+                str(ROOT / "train.py"), *options.split(), "--seed", str(seed), "--data-dir", data_dir,
+                "--run-dir", str(run_dir), "--out", str(run_dir / "weights.pkl"), "--device", "cpu", "--overwrite")
             accuracy = json.loads((run_dir / "result.json").read_text())["accuracy"]
-            print(f"  {recipe}, {epochs:>4} epochs, seed {seed}: {accuracy:.2f} % in {seconds:.0f} s, {memory:.2f} GB",
-                  flush=True)
+            print(f"  {options:32} seed {seed}: {accuracy:.2f} % in {seconds:.0f} s, {memory:.2f} GB", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,8 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--steps-only", action="store_true", help="no trainings")
     add("--rounds", type=int, default=25, metavar="N", help="steps timed of each kind (default: %(default)s)")
-    add("--trainings", nargs="+", default=["fast:0.4", "fast:0.9", "fast:2", "fast:9", "best:40"],
-        metavar="RECIPE:EPOCHS", help="(default: %(default)s)")
+    add("--trainings", nargs="+", default=["", "--epochs 0.7 --batch-size 64", "--epochs 8", "--recipe best"],
+        metavar="OPTIONS", help="of train.py (default: %(default)s)")
     add("--seeds", type=int, default=5, metavar="N", help="of the default training (default: %(default)s)")
     add("--folder", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="for them (default: %(default)s)")
     add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="the data set (default: $CIFAR10_DIR, or data)")

@@ -160,6 +160,7 @@ def test_benchmark(benchmark, dataset, capsys):
 
 
 def test_benchmark_of_trainings(benchmark, dataset, tmp_path, capsys):
-    benchmark.print_trainings(["fast:0.5"], 5, str(dataset), tmp_path)
-    assert "fast,  0.5 epochs, seed 0:" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["fast-0.5ep-seed0"]
+    benchmark.print_trainings(["--epochs 0.5", ""], 2, str(dataset), tmp_path)
+    out = capsys.readouterr().out
+    assert "--epochs 0.5" in out and out.count("seed 0: ") == 2 and out.count("seed 1: ") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"--epochs0.5seed0", "seed0", "seed1"}
