@@ -43,10 +43,10 @@ def alternate(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def measure_process(*words: str) -> tuple[float, float]:
-    """The seconds that one run of a script takes, start-up included, and its peak memory in GB."""
+def measure_process(*words: str, python: list[str] | None = None) -> tuple[float, float]:
+    """The seconds that one run of Python takes with these arguments, start-up included, and its peak memory in GB."""
     start = time.perf_counter()
-    process = subprocess.Popen([*PYTHON, *words], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*(python or PYTHON), *words], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
         raise SystemExit(f"failed: {' '.join(words)}")
@@ -158,7 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     # first, while this process is small: the memory of a child starts with that of its parent
     evaluation = [str(ROOT / "eval.py"), "--weights", str(ROOT / "weights.pkl"), "--data-dir", data_dir,
                   "--device", "cpu", "--min-accuracy", "0"]
-    runs = [(*measure_process("-c", "import torch"), *measure_process(*evaluation)) for _ in range(5)]
+    importing = [sys.executable, "-c", "import torch"]
+    runs = [(*measure_process(python=importing), *measure_process(*evaluation)) for _ in range(5)]
     ratio = statistics.median(seconds / import_seconds for import_seconds, _, seconds, _ in runs)
     print(f"eval.py: {statistics.median(run[2] for run in runs):.1f} s, {ratio:.2f} times as long as import torch, "
           f"peak memory {runs[0][3]:.2f} GB")
