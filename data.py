@@ -190,13 +190,15 @@ def random_crop(images: torch.Tensor, padding: int, generator: torch.Generator) 
 class TrainLoader:
     """Batches of the augmented training set in random order; the last one may be smaller.
 
-    The set holds each of the N training images in the report's three forms, 3N samples: as it is, flipped
-    and rotated, and through AutoAugment. A batch is normalised images (B, 3, 32, 32) and labels (B,).
+    The set holds each of the N training images in the report's three forms, 3N samples: as it is, and the two
+    random forms, flipped and rotated, and through AutoAugment. A batch is normalised images (B, 3, 32, 32) and
+    labels (B,).
 
     Args:
         train: the training set; the batches are on its device.
         batch_size: B.
         seed: with the epoch, it decides all random numbers.
+        random_forms: False leaves the two random forms out: N samples.
         resample: draw the random forms anew for each epoch, rather than once.
         autoaugment_group_size: images that share a draw of AutoAugment.
         autoaugment_flipped: apply AutoAugment to the flipped and rotated form too.
@@ -204,10 +206,11 @@ class TrainLoader:
     """
 
     def __init__(
-        self, train: Split, *, batch_size: int, seed: int = 0, resample: bool = False,
+        self, train: Split, *, batch_size: int, seed: int = 0, random_forms: bool = True, resample: bool = False,
         autoaugment_group_size: int = 1, autoaugment_flipped: bool = False, crop_padding: int = 0,
     ):
-        self.images, self.labels = train.images.repeat(3, 1, 1, 1), train.labels.repeat(3)
+        self.random_forms, forms = random_forms, 3 if random_forms else 1
+        self.images, self.labels = train.images.repeat(forms, 1, 1, 1), train.labels.repeat(forms)
         self.batch_size, self.seed, self.resample, self.crop_padding = batch_size, seed, resample, crop_padding
         self.group_size, self.autoaugment_flipped = autoaugment_group_size, autoaugment_flipped
         self.epoch, self.augmented_with = 0, None  # the seed that drew the random forms
@@ -231,7 +234,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         seed = 10_000 * self.seed + self.epoch
         augment_seed = seed if self.resample else 10_000 * self.seed
-        if self.augmented_with != augment_seed:
+        if self.random_forms and self.augmented_with != augment_seed:
             self.augment(augment_seed)
             self.augmented_with = augment_seed
         generator = torch.Generator().manual_seed(seed)
@@ -241,12 +244,6 @@ class TrainLoader:
             if self.crop_padding:
                 images = random_crop(images, self.crop_padding, generator)
             yield normalize(images), self.labels[chosen]
-
-
-def batches(split: Split, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Normalised images (B, 3, 32, 32) and labels (B,) in the order of `split`; the last batch may be smaller."""
-    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
-        yield normalize(images), labels
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:

@@ -24,11 +24,18 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import model
-from data import DEFAULT_DATA_DIR, Split, TrainLoader, batches, load_cifar10
+from data import DEFAULT_DATA_DIR, Split, TrainLoader, load_cifar10, normalize
 from eval import infer
 from train import RECIPES, Recipe, build_optimizers, train_one_epoch
 
 PYTHON = [sys.executable]
+TRAININGS = [  # options of train.py
+    *[f"--recipe quick --seed {seed}" for seed in range(5)],
+    "--recipe quick --epochs 2",
+    *[f"--recipe fast --seed {seed}" for seed in range(5)],
+    "--recipe fast --epochs 8",
+    "--recipe best",
+]
 
 
 def alternate(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -74,16 +81,18 @@ def training_step(
 def print_steps(train: Split, rounds: int) -> None:
     report, fast, best = RECIPES["report"], RECIPES["fast"], RECIPES["best"]
     float32 = dataclasses.replace(fast, amp_bf16=False)
-    images, labels = next(batches(train, report.batch_size))
+    report32 = dataclasses.replace(report, amp_bf16=False)
+    images, labels = normalize(train.images[: report.batch_size]), train.labels[: report.batch_size]
     small, small_labels = images[: fast.batch_size], labels[: fast.batch_size]
     plain = "report, float32, contiguous memory"
     steps = {
-        plain: (report, training_step(report, images.contiguous(), labels)),
-        "report, float32": (report, training_step(report, images, labels)),
+        plain: (report, training_step(report32, images.contiguous(), labels)),
+        "report, float32": (report, training_step(report32, images, labels)),
         "fast, float32": (float32, training_step(float32, small, small_labels)),
     }
     if model.has_bf16(torch.device("cpu")):
         steps |= {
+            "report, bfloat16": (report, training_step(report, images, labels)),
             "fast, bfloat16": (fast, training_step(fast, small, small_labels)),
             "fast, bfloat16, one thread": (fast, training_step(fast, small, small_labels, threads=1)),
             "best, bfloat16": (best, training_step(best, small, small_labels)),
@@ -117,8 +126,8 @@ def print_inference(test: Split) -> None:
 
     @torch.inference_mode()
     def infer_as_trained() -> None:
-        for images, _ in batches(test, 25):
-            network(images)
+        for images in test.images.split(25):
+            network(normalize(images))
 
     functions = {"as trained, batches of 25": infer_as_trained} | {
         f"exported, batches of {size}": lambda size=size: infer(network, test, size) for size in (25, 250, 1000)}
@@ -127,17 +136,16 @@ def print_inference(test: Split) -> None:
         print(f"  {name:36}{seconds:7.2f} s   {len(test.images) / seconds:7.0f} images per second")
 
 
-def print_trainings(trainings: list[str], seeds: int, data_dir: str, folder: Path) -> None:
-    """Run train.py with each of these options: once, or with several seeds where there are none."""
+def print_trainings(trainings: list[str], data_dir: str, folder: Path) -> None:
+    """Run train.py with each of these options."""
     print("\ntrain.py, start-up included")
     for options in trainings:
-        for seed in range(1 if options else seeds):
-            run_dir = folder / "".join([*options.split(), f"seed{seed}"])
-            seconds, memory = measure_process(
-                str(ROOT / "train.py"), *options.split(), "--seed", str(seed), "--data-dir", data_dir,
-                "--run-dir", str(run_dir), "--out", str(run_dir / "weights.pkl"), "--device", "cpu", "--overwrite")
-            accuracy = json.loads((run_dir / "result.json").read_text())["accuracy"]
-            print(f"  {options:32} seed {seed}: {accuracy:.2f} % in {seconds:.0f} s, {memory:.2f} GB", flush=True)
+        run_dir = folder / options.replace("--", "").replace(" ", "-")
+        seconds, memory = measure_process(
+            str(ROOT / "train.py"), *options.split(), "--data-dir", data_dir, "--run-dir", str(run_dir),
+            "--out", str(run_dir / "weights.pkl"), "--device", "cpu", "--overwrite")
+        accuracy = json.loads((run_dir / "result.json").read_text())["accuracy"]
+        print(f"  {options:28} {accuracy:.2f} % in {seconds:4.0f} s, {memory:.2f} GB", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,9 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--steps-only", action="store_true", help="no trainings")
     add("--rounds", type=int, default=25, metavar="N", help="steps timed of each kind (default: %(default)s)")
-    add("--trainings", nargs="+", default=["", "--epochs 0.7 --batch-size 64", "--epochs 8", "--recipe best"],
-        metavar="OPTIONS", help="of train.py (default: %(default)s)")
-    add("--seeds", type=int, default=5, metavar="N", help="of the default training (default: %(default)s)")
+    add("--trainings", nargs="+", default=TRAININGS, metavar="OPTIONS", help="of train.py (default: %(default)s)")
     add("--folder", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="for them (default: %(default)s)")
     add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="the data set (default: $CIFAR10_DIR, or data)")
     args = parser.parse_args(argv)
@@ -168,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
             str(ROOT / "train.py"), "--epochs", "0.1", "--validate", "--run-dir", folder, "--data-dir", data_dir)
     print(f"train.py --epochs 0.1 --validate: {seconds:.1f} s, peak memory {memory:.2f} GB", flush=True)
     if not args.steps_only:
-        print_trainings(args.trainings, args.seeds, data_dir, args.folder)
+        print_trainings(args.trainings, data_dir, args.folder)
     train, test = load_cifar10(data_dir)
     print_steps(train, args.rounds)
     print_loader(train)

@@ -330,6 +330,16 @@ def test_a_pass_serves_every_sample_once():
     assert torch.equal(torch.unique(images, dim=0), torch.unique(everything, dim=0))
 
 
+def test_a_pass_without_the_random_forms():
+    split = make_split(25)
+    loader = TrainLoader(split, batch_size=32, random_forms=False, crop_padding=0)
+    ((images, labels),) = loader
+    originals = normalize(split.images).flatten(1)
+    nearest = torch.cdist(images.flatten(1), originals).argmin(dim=1)
+    assert torch.equal(images.flatten(1), originals[nearest]) and torch.equal(labels, split.labels[nearest])
+    assert sorted(nearest.tolist()) == list(range(25)) and len(loader) == 1
+
+
 def test_the_order_follows_from_seed_and_epoch():
     def labels(seed: int, epoch: int) -> torch.Tensor:
         loader = TrainLoader(make_split(30), batch_size=90, seed=seed)
@@ -344,13 +354,6 @@ def test_the_loader_crops():
     plain, cropped = (next(iter(TrainLoader(make_split(20), batch_size=60, crop_padding=pixels)))[0].flatten(1)
                       for pixels in (0, 4))
     assert cropped.shape == plain.shape and (cropped != plain).any(dim=1).sum() > 45
-
-
-def test_batches_keep_the_order():
-    split = make_split(20)
-    images, labels = zip(*data.batches(split, 8), strict=True)
-    assert [len(batch) for batch in labels] == [8, 8, 4]
-    assert torch.equal(torch.cat(images), normalize(split.images)) and torch.equal(torch.cat(labels), split.labels)
 
 
 def test_normalize_against_torchvision():

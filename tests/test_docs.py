@@ -160,7 +160,7 @@ def test_benchmark(benchmark, dataset, capsys):
 
 
 def test_benchmark_of_trainings(benchmark, dataset, tmp_path, capsys):
-    benchmark.print_trainings(["--epochs 0.5", ""], 2, str(dataset), tmp_path)
+    benchmark.print_trainings(["--recipe quick", "--recipe fast --seed 1"], str(dataset), tmp_path)
     out = capsys.readouterr().out
-    assert "--epochs 0.5" in out and out.count("seed 0: ") == 2 and out.count("seed 1: ") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"--epochs0.5seed0", "seed0", "seed1"}
+    assert "  --recipe quick " in out and "  --recipe fast --seed 1 " in out and out.count(" % in ") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe-quick", "recipe-fast-seed-1"}

@@ -165,7 +165,12 @@ def test_a_part_of_a_pass(dataset, tmp_path):
     assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "1.5"]
 
 
-@pytest.mark.parametrize("recipe", ["report", "fast"])
+def test_training_without_the_random_forms(dataset, tmp_path, capsys):
+    assert train_in(tmp_path, dataset, "--epochs", "1", "--set", "random_forms=False") == 0
+    assert "200 training images; 100 test images\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
 def test_a_run_of_one_step_trains(recipe, dataset, tmp_path):
     """The learning rate is not zero at the last step."""
     assert train_in(tmp_path, dataset, "--recipe", recipe, "--epochs", "0.01") == 0
