@@ -3,7 +3,7 @@
     python train.py                               recipe "fast": minutes on two CPU cores -> weights.pkl
     python train.py --out runs/mine.pkl           the same, and weights.pkl stays as it is
     python train.py --epochs 1                    less time, or more: the learning rate schedule stretches
-    python train.py --recipe quick                80 % in less than a minute
+    python train.py --recipe quick                about 80 % in less than a minute
     python train.py --recipe report               the report's network and settings
     python train.py --recipe best                 an hour and a half, for accuracy
     python train.py --recipe best --teachers A B  distillation from the networks saved in A and B
@@ -95,7 +95,7 @@ RECIPES = {
         warmup_fraction=0.15, label_smoothing=0.1, resample=True, autoaugment_group_size=16, crop_padding=2,
         low_resolution_share=0.3, amp_bf16=True),
 }
-RECIPES["quick"] = dataclasses.replace(  # 80 % in less than a minute; little is memorised in so short a time
+RECIPES["quick"] = dataclasses.replace(  # about 80 % in less than a minute; so short a run memorises little
     RECIPES["fast"], epochs=1, batch_size=64, warmup_fraction=0.3, random_forms=False, crop_padding=0)
 RECIPES["best"] = dataclasses.replace(  # for long runs, with or without teachers
     RECIPES["fast"], epochs=40, lr=0.1, autoaugment_flipped=True, crop_padding=4)

@@ -131,8 +131,9 @@ def load_script(monkeypatch):
     return load
 
 
-def test_figure_of_published_networks(load_script, tmp_path):
-    load_script("docs/accuracy_vs_parameters.py")["main"](tmp_path / "figure.png")
+@pytest.mark.parametrize("script", ["accuracy_vs_parameters.py", "accuracy_vs_minutes.py"])
+def test_figures_of_the_results(script, load_script, tmp_path):
+    load_script(f"docs/{script}")["main"](tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
