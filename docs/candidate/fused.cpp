@@ -23,7 +23,7 @@ void glu_forward(const float* vg, float* out, long rows, int c) {
         const float *v = vg + r * 2 * c, *g = v + c;
         float* o = out + r * c;
 #pragma GCC ivdep
-        for (int i = 0; i < c; i++) o[i] = v[i] * (g[i] * sigmoid(g[i]));
+        for (int i = 0; i < c; i++) o[i] = v[i] * activate(g[i], SILU);
     }
 }
 

@@ -69,23 +69,22 @@ class BatchNormActivation(torch.autograd.Function):
         n = rows(x, c)
         mean, m2 = torch.empty(c, dtype=torch.float64), torch.empty(c, dtype=torch.float64)
         call("bn_statistics", x, n, c, mean, m2)
-        variance = m2 / n.value
         norm.running_mean.lerp_(mean.float(), norm.momentum)
         norm.running_var.lerp_((m2 / (n.value - 1)).float(), norm.momentum)
         norm.num_batches_tracked += 1
-        invstd = (variance + norm.eps).rsqrt()
+        invstd = (m2 / n.value + norm.eps).rsqrt()
         scale = (weight.double() * invstd).float()
         shift = (bias.double() - weight.double() * invstd * mean).float()
         y = torch.empty_like(x)
         call("bn_act_forward", x, y, n, c, scale, shift, act)
-        ctx.save_for_backward(x, weight, scale, shift, mean, invstd)
+        ctx.save_for_backward(x, scale, shift, mean, invstd)
         ctx.act = act
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale, shift, mean, invstd = ctx.saved_tensors
-        c = len(weight)
+        x, scale, shift, mean, invstd = ctx.saved_tensors
+        c = len(scale)
         n = rows(x, c)
         grad = channels_last(grad)
         sums, dots, mean32 = torch.empty_like(mean), torch.empty_like(mean), mean.float()
