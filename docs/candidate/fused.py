@@ -21,7 +21,6 @@ import model
 import train
 
 library = ctypes.CDLL(str(Path(__file__).with_name("libfused.so")))
-aten = torch.ops.aten
 
 
 def call(name: str, *args) -> None:
@@ -45,40 +44,26 @@ def channels_last(grad: torch.Tensor) -> torch.Tensor:
     return grad.contiguous(memory_format=torch.channels_last)
 
 
-class GLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, both):
-        n, c, h, w = both.shape
-        out = torch.empty((n, c // 2, h, w), memory_format=torch.channels_last)
-        call("glu_forward", both, out, rows(both, c), c // 2)
-        ctx.save_for_backward(both)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        both, = ctx.saved_tensors
-        out, grad = torch.empty_like(both), channels_last(grad)
-        call("glu_backward", both, grad, out, rows(both, both.shape[1]), grad.shape[1])
-        return out
+def normalization(norm, weight, bias, mean, m2, n):
+    """Scale and shift of a batch norm and 1 / standard deviation, from its statistics; the running ones are updated."""
+    norm.running_mean.lerp_(mean.float(), norm.momentum)
+    norm.running_var.lerp_((m2 / (n - 1)).float(), norm.momentum)
+    norm.num_batches_tracked += 1
+    invstd = (m2 / n + norm.eps).rsqrt()
+    return (weight.double() * invstd).float(), (bias.double() - weight.double() * invstd * mean).float(), invstd
 
 
-class BatchNormActivation(torch.autograd.Function):
+class BatchNormSiLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, norm, act):
+    def forward(ctx, x, weight, bias, norm):
         c = len(weight)
         n = rows(x, c)
         mean, m2 = torch.empty(c, dtype=torch.float64), torch.empty(c, dtype=torch.float64)
         call("bn_statistics", x, n, c, mean, m2)
-        norm.running_mean.lerp_(mean.float(), norm.momentum)
-        norm.running_var.lerp_((m2 / (n.value - 1)).float(), norm.momentum)
-        norm.num_batches_tracked += 1
-        invstd = (m2 / n.value + norm.eps).rsqrt()
-        scale = (weight.double() * invstd).float()
-        shift = (bias.double() - weight.double() * invstd * mean).float()
+        scale, shift, invstd = normalization(norm, weight, bias, mean, m2, n.value)
         y = torch.empty_like(x)
-        call("bn_act_forward", x, y, n, c, scale, shift, act)
+        call("bn_silu_forward", x, y, n, c, scale, shift)
         ctx.save_for_backward(x, scale, shift, mean, invstd)
-        ctx.act = act
         return y
 
     @staticmethod
@@ -87,62 +72,107 @@ class BatchNormActivation(torch.autograd.Function):
         c = len(scale)
         n = rows(x, c)
         grad = channels_last(grad)
-        sums, dots, mean32 = torch.empty_like(mean), torch.empty_like(mean), mean.float()
-        call("bn_act_backward_sums", x, grad, n, c, scale, shift, mean32, ctx.act, sums, dots)
+        sums, dots, mean32, out = torch.empty_like(mean), torch.empty_like(mean), mean.float(), torch.empty_like(x)
+        call("bn_silu_backward_sums", x, grad, out, n, c, scale, shift, mean32, sums, dots)
         a = (scale * sums / n.value).float()
         b = (scale * dots * invstd**2 / n.value).float()
-        out = torch.empty_like(x)
-        call("bn_act_backward", x, grad, out, n, c, scale, shift, mean32, ctx.act, a, b)
-        return out, (dots * invstd).float(), sums.float(), None, None
+        call("bn_backward", x, out, n, c, scale, mean32, a, b)
+        return out, (dots * invstd).float(), sums.float(), None
 
 
-class Depthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, padding=1, groups=len(weight))
+class GatedBlock(torch.autograd.Function):
+    """A whole block: only its input and the output of its depthwise convolution are kept for the backward pass."""
 
     @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+    def forward(ctx, x, kernel, weight, bias, norm, values, gates, last):
         n, c, h, w = x.shape
-        rows(x, c)
-        grad = channels_last(grad)
-        dx, _, _ = aten.convolution_backward(
-            grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], c, [True, False, False])
-        dw = torch.empty(3, 3, c, dtype=torch.float64)
-        call("depthwise_weight_gradient", x, grad, n, h, w, c, dw)
-        return dx, dw.float().permute(2, 0, 1)[:, None]
+        pixels = rows(x, c)
+        t, y = torch.empty_like(x), torch.empty_like(x)
+        taps = kernel.reshape(c, 9).T.contiguous()
+        mean, m2 = torch.empty(c // 2, dtype=torch.float64), torch.empty(c // 2, dtype=torch.float64)
+        call("depthwise_forward", x, taps, t, n, h, w, c, mean, m2)
+        scale, shift, invstd = normalization(norm, weight, bias, mean, m2, 2 * pixels.value)
+        call("block_forward", x, t, y, pixels, c, scale, shift, values, gates, last)
+        ctx.save_for_backward(x, t, taps, scale, shift, mean, invstd, values, gates, last)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, t, taps, scale, shift, mean, invstd, values, gates, last = ctx.saved_tensors
+        n, c, h, w = x.shape
+        pixels = rows(x, c)
+        dy = channels_last(dy)
+        dz, dx = torch.empty_like(x), torch.empty_like(x)
+        dw = torch.zeros(3, 2, c // 2, c // 2, dtype=torch.float64)
+        sums, dots, mean32 = torch.zeros_like(mean), torch.zeros_like(mean), mean.float()
+        transposed = [each.mT.contiguous() for each in (values, gates, last)]
+        call("block_backward", t, dy, dz, pixels, c, scale, shift, mean32, values, gates, *transposed, dw, sums, dots)
+        a = (scale * sums / (2 * pixels.value)).float()
+        b = (scale * dots * invstd**2 / (2 * pixels.value)).float()
+        turned, dtaps = taps.flip(0).contiguous(), torch.zeros(9, c, dtype=torch.float64)
+        call("depthwise_backward", x, t, dz, dy, dx, turned, n, h, w, c, scale, mean32, a, b, dtaps)
+        return (dx, dtaps.T.float().view(c, 1, 3, 3), (dots * invstd).float(), sums.float(), None, *dw.float())
+
+
+def matrices(layer: model.FlipConv2d) -> torch.Tensor:
+    """(2, C / 2, C / 2): what a 1x1 layer does to the sum and to the difference of the halves, rows for inputs."""
+    weight = layer.weight if layer.gain is None else layer.gain * layer.weight
+    a, b = weight.chunk(2, dim=1)
+    return (torch.stack([a + b, a - b]) / 2).mT.contiguous()
+
+
+def running(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of a batch norm in inference."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def gated_block(block: model.ResidualBlock, x: torch.Tensor) -> torch.Tensor:
+    conv, norm, _, glu, last = block.layers
+    taps, maps = conv.kernel(), [matrices(layer) for layer in (glu.values, glu.gates, last)]
+    if block.training:
+        return GatedBlock.apply(x, taps, norm.weight, norm.bias, norm, *maps)
+    n, c, h, w = x.shape
+    scale, shift = running(norm)
+    t, y, unused = torch.empty_like(x), torch.empty_like(x), torch.empty(c, dtype=torch.float64)
+    call("depthwise_forward", x, taps.reshape(c, 9).T.contiguous(), t, n, h, w, c, unused, unused)
+    call("block_forward", x, t, y, rows(x, c), c, scale, shift, *maps)
+    return y
+
+
+def batch_norm_silu(norm: model.FlipBatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    if norm.training:
+        return BatchNormSiLU.apply(x, norm.weight, norm.bias, norm)
+    scale, shift = running(norm)
+    y = torch.empty_like(x)
+    call("bn_silu_forward", x, y, rows(x, len(scale)), len(scale), scale, shift)
+    return y
 
 
 def patch(cls, fused):
     original = cls.forward
-    cls.forward = lambda self, x: fused(self, x) if self.training and hasattr(self, "fused") else original(self, x)
+    cls.forward = lambda self, x: fused(self, x) if hasattr(self, "fused") else original(self, x)
 
 
-patch(model.FlipBatchNorm2d, lambda self, x: BatchNormActivation.apply(x, self.weight, self.bias, self, self.fused))
-patch(nn.Hardtanh, lambda self, x: x)
+patch(model.FlipBatchNorm2d, batch_norm_silu)
 patch(nn.SiLU, lambda self, x: x)
-patch(model.SwiGLU, lambda self, x: GLU.apply(F.conv2d(x, torch.cat([self.values.kernel(), self.gates.kernel()]))))
-patch(model.FlipConv2d, lambda self, x: Depthwise.apply(x, self.kernel()))
+patch(model.ResidualBlock, gated_block)
 
 
 def fuse(network: nn.Module) -> nn.Module:
-    for sequence in network.modules():
-        if isinstance(sequence, nn.Sequential):
-            for norm, activation in itertools.pairwise(sequence):
-                if isinstance(norm, model.FlipBatchNorm2d):
-                    assert isinstance(activation, (nn.Hardtanh, nn.SiLU))
-                    norm.fused, activation.fused = int(isinstance(activation, nn.SiLU)), True
-        if isinstance(sequence, model.SwiGLU):
-            sequence.fused = True
-        if isinstance(sequence, model.FlipConv2d) and sequence.options["groups"] > 1:
-            assert sequence.options["groups"] % 16 == 0
-            sequence.fused = True
+    for module in network.modules():
+        if isinstance(module, model.ResidualBlock):
+            assert module.layers[0].options["groups"] in (16, 32, 48, 64)
+            module.fused = True
+        elif isinstance(module, nn.Sequential):
+            for norm, activation in itertools.pairwise(module):
+                if isinstance(norm, model.FlipBatchNorm2d) and isinstance(activation, nn.SiLU):
+                    norm.fused = activation.fused = True
     return network
 
 
 build_network = model.build_network
+model.export = lambda network: copy.deepcopy(network).eval().requires_grad_(False)
 model.build_network = lambda name, **options: fuse(build_network(name, **options))
 
 
