@@ -28,10 +28,9 @@ static inline __m256 sigmoid8(__m256 x) {
     return _mm256_div_ps(one, _mm256_add_ps(one, exp8(_mm256_sub_ps(_mm256_setzero_ps(), x))));
 }
 
-// sigmoid(z) * (1 + z * (1 - sigmoid(z))), the slope of SiLU
-static inline __m256 silu_slope8(__m256 z) {
-    __m256 s = sigmoid8(z), silu = _mm256_mul_ps(z, s);
-    return _mm256_fmadd_ps(silu, _mm256_sub_ps(_mm256_set1_ps(1.0f), s), s);
+// the slope of SiLU at z, from sigmoid(z) and z * sigmoid(z)
+static inline __m256 silu_slope8(__m256 sigmoid, __m256 silu) {
+    return _mm256_fmadd_ps(silu, _mm256_sub_ps(_mm256_set1_ps(1.0f), sigmoid), sigmoid);
 }
 
 extern "C" {
@@ -87,7 +86,8 @@ void bn_silu_backward_sums(const float* x, const float* dy, float* dz, long rows
             for (int i = 0; i < c; i += 8) {
                 __m256 value = _mm256_loadu_ps(x + r * c + i);
                 __m256 z = _mm256_fmadd_ps(value, _mm256_loadu_ps(scale + i), _mm256_loadu_ps(shift + i));
-                __m256 grad = _mm256_mul_ps(_mm256_loadu_ps(dy + r * c + i), silu_slope8(z));
+                __m256 sig = sigmoid8(z), slope = silu_slope8(sig, _mm256_mul_ps(z, sig));
+                __m256 grad = _mm256_mul_ps(_mm256_loadu_ps(dy + r * c + i), slope);
                 _mm256_storeu_ps(dz + r * c + i, grad);
                 _mm256_storeu_ps(s + i, _mm256_add_ps(_mm256_loadu_ps(s + i), grad));
                 value = _mm256_sub_ps(value, _mm256_loadu_ps(mean + i));
@@ -192,74 +192,50 @@ static inline __m256 loaded(const float* p) {
     return x;
 }
 
-// out (TILE, H) = in (TILE, H) @ w (H, H), or added to out; blocks of 12 vectors stay in the registers
+// R rows and 8 * V columns of a product: the sum over k < K of in[i * ROW + k * COLUMN] * right[k * H + j], stored as
+// out[i * H + j] or added to it. R * V vectors stay in the registers.
+template <int H, int R, int V, int K, int ROW, int COLUMN, bool ADD>
+static void multiply_block(const float* in, const float* right, float* out) {
+    __m256 sum[R][V];
+#pragma GCC unroll 12
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 3
+        for (int j = 0; j < V; j++) sum[i][j] = ADD ? _mm256_loadu_ps(out + i * H + 8 * j) : _mm256_setzero_ps();
+    for (int k = 0; k < K; k++) {
+        __m256 row[V];
+#pragma GCC unroll 3
+        for (int j = 0; j < V; j++) row[j] = loaded(right + k * H + 8 * j);
+#pragma GCC unroll 12
+        for (int i = 0; i < R; i++) {
+            __m256 x = _mm256_broadcast_ss(in + i * ROW + k * COLUMN);
+#pragma GCC unroll 3
+            for (int j = 0; j < V; j++) sum[i][j] = _mm256_fmadd_ps(x, row[j], sum[i][j]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 3
+        for (int j = 0; j < V; j++) _mm256_storeu_ps(out + i * H + 8 * j, sum[i][j]);
+}
+
+// out (TILE, H) = in (TILE, H) @ w (H, H), or added to out
 template <int H, bool ADD>
 static void multiply(const float* in, const float* w, float* out) {
     constexpr int V = H == 24 ? 3 : H == 8 ? 1 : 2, R = 12 / V;
     for (int n = 0; n < H; n += 8 * V)
-        for (int r = 0; r < TILE; r += R) {
-            const float* from = in + r * H;
-            float* to = out + r * H + n;
-            __m256 sum[R][V];
-#pragma GCC unroll 12
-            for (int i = 0; i < R; i++)
-#pragma GCC unroll 3
-                for (int j = 0; j < V; j++) sum[i][j] = ADD ? _mm256_loadu_ps(to + i * H + 8 * j) : _mm256_setzero_ps();
-            for (int k = 0; k < H; k++) {
-                __m256 row[V];
-#pragma GCC unroll 3
-                for (int j = 0; j < V; j++) row[j] = loaded(w + k * H + n + 8 * j);
-#pragma GCC unroll 12
-                for (int i = 0; i < R; i++) {
-                    __m256 x = _mm256_broadcast_ss(from + i * H + k);
-#pragma GCC unroll 3
-                    for (int j = 0; j < V; j++) sum[i][j] = _mm256_fmadd_ps(x, row[j], sum[i][j]);
-                }
-            }
-#pragma GCC unroll 12
-            for (int i = 0; i < R; i++)
-#pragma GCC unroll 3
-                for (int j = 0; j < V; j++) _mm256_storeu_ps(to + i * H + 8 * j, sum[i][j]);
-        }
+        for (int r = 0; r < TILE; r += R)
+            multiply_block<H, R, V, H, H, 1, ADD>(in + r * H, w + n, out + r * H + n);
 }
 
-// R rows and 8 * V columns of out (H, H) += in (TILE, H) transposed @ grad (TILE, H)
-template <int H, int R, int V>
-static void multiply_transposed(const float* in, const float* grad, float* out) {
-    __m256 sum[R][V];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) sum[i][j] = _mm256_loadu_ps(out + i * H + 8 * j);
-    for (int r = 0; r < TILE; r++, in += H, grad += H) {
-        __m256 row[V];
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) row[j] = loaded(grad + 8 * j);
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i++) {
-            __m256 x = _mm256_broadcast_ss(in + i);
-#pragma GCC unroll 4
-            for (int j = 0; j < V; j++) sum[i][j] = _mm256_fmadd_ps(x, row[j], sum[i][j]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) _mm256_storeu_ps(out + i * H + 8 * j, sum[i][j]);
-}
-
+// out (H, H) += in (TILE, H) transposed @ grad (TILE, H)
 template <int H>
 static void multiply_transposed(const float* in, const float* grad, float* out) {
-    if constexpr (H == 8) {
-        multiply_transposed<H, 8, 1>(in, grad, out);
-    } else if constexpr (H == 24) {
-        for (int k = 0; k < H; k += 4) multiply_transposed<H, 4, 3>(in + k, grad, out + k * H);
-    } else {
-        for (int n = 0; n < H; n += 16) {
-            int k = 0;
-            for (; k + 6 <= H; k += 6) multiply_transposed<H, 6, 2>(in + k, grad + n, out + k * H + n);
-            multiply_transposed<H, H % 6, 2>(in + k, grad + n, out + k * H + n);
-        }
+    constexpr int V = H == 24 ? 3 : H == 8 ? 1 : 2, R = H == 24 ? 4 : H == 8 ? 8 : 6, LAST = H % R;
+    for (int n = 0; n < H; n += 8 * V) {
+        for (int k = 0; k + R <= H; k += R)
+            multiply_block<H, R, V, TILE, 1, H, true>(in + k, grad + n, out + k * H + n);
+        if constexpr (LAST > 0)
+            multiply_block<H, LAST, V, TILE, 1, H, true>(in + H - LAST, grad + n, out + (H - LAST) * H + n);
     }
 }
 
@@ -326,7 +302,7 @@ static void block_backward_(const float* t, const float* dy, float* dz, long row
     static thread_local Tile<H> tile;
     static thread_local struct { alignas(32) typename Tile<H>::Half os, od, dhs, dhd; } grad;
     alignas(32) float dw32[6 * H * H] = {0};
-    const __m256 one = _mm256_set1_ps(1.0f), four = _mm256_set1_ps(4.0f), sign = _mm256_set1_ps(-0.0f);
+    const __m256 four = _mm256_set1_ps(4.0f), sign = _mm256_set1_ps(-0.0f);
     long tiles = 0;
     for (long start = 0; start < rows; start += TILE) {
         int n = std::min<long>(TILE, rows - start);
@@ -352,8 +328,7 @@ static void block_backward_(const float* t, const float* dy, float* dz, long row
                 __m256 sig = sigmoid8(g[j]), silu = _mm256_mul_ps(g[j], sig);
                 h[j] = _mm256_mul_ps(v[j], silu);
                 dv[j] = _mm256_mul_ps(dh[j], silu);
-                __m256 slope = _mm256_fmadd_ps(silu, _mm256_sub_ps(one, sig), sig);
-                dg[j] = _mm256_mul_ps(_mm256_mul_ps(dh[j], v[j]), slope);
+                dg[j] = _mm256_mul_ps(_mm256_mul_ps(dh[j], v[j]), silu_slope8(sig, silu));
             }
             _mm256_store_ps(tile.hs + i, _mm256_add_ps(h[0], h[1]));
             _mm256_store_ps(tile.hd + i, _mm256_sub_ps(h[0], h[1]));
@@ -401,20 +376,19 @@ static void block_backward_(const float* t, const float* dy, float* dz, long row
 
 extern "C" {
 
-// t = depthwise convolution of x, and its statistics over both halves of the channels
+// t = depthwise convolution of x, and its statistics over both halves of the channels; none where mean is null
 void depthwise_forward(const float* x, const float* taps, float* t, int n, int height, int width, int c, double* mean,
                        double* m2) {
     long size = (long)height * width * c;
-    memset(mean, 0, c / 2 * sizeof(double));
-    memset(m2, 0, c / 2 * sizeof(double));
+    if (mean) memset(mean, 0, c / 2 * sizeof(double)), memset(m2, 0, c / 2 * sizeof(double));
     for (int image = 0; image < n; image++) {
         depthwise(x + image * size, taps, nullptr, t + image * size, height, width, c);
-        add_statistics(t + image * size, 2 * height * width, c / 2, mean, m2, 2L * image * height * width);
+        if (mean) add_statistics(t + image * size, 2 * height * width, c / 2, mean, m2, 2L * image * height * width);
     }
 }
 
-// dz becomes the gradient of t; dx = dy + its depthwise convolution with the taps turned; dw (3, 3, c)
-void depthwise_backward(const float* x, const float* t, float* dz, const float* dy, float* dx, const float* turned,
+// dz becomes the gradient of t; dx = dy + its depthwise convolution with flipped taps; dw (3, 3, c)
+void depthwise_backward(const float* x, const float* t, float* dz, const float* dy, float* dx, const float* flipped,
                         int n, int height, int width, int c, const float* scale, const float* mean, const float* a,
                         const float* b, double* dw) {
     long size = (long)height * width * c;
@@ -422,7 +396,7 @@ void depthwise_backward(const float* x, const float* t, float* dz, const float* 
         float* d = dz + image * size;
         const float* p = t + image * size;
         bn_backward(p, d, 2L * height * width, c / 2, scale, mean, a, b);
-        depthwise(d, turned, dy + image * size, dx + image * size, height, width, c);
+        depthwise(d, flipped, dy + image * size, dx + image * size, height, width, c);
         add_depthwise_weight_gradient(x + image * size, d, height, width, c, dw);
     }
 }

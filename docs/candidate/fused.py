@@ -53,6 +53,12 @@ def normalization(norm, weight, bias, mean, m2, n):
     return (weight.double() * invstd).float(), (bias.double() - weight.double() * invstd * mean).float(), invstd
 
 
+def gradient_terms(scale, invstd, sums, dots, n):
+    """a and b of bn_backward, and the gradients of the weight and the bias of a batch norm."""
+    a, b = scale * sums / n, scale * dots * invstd**2 / n
+    return a.float(), b.float(), (dots * invstd).float(), sums.float()
+
+
 class BatchNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, norm):
@@ -74,21 +80,19 @@ class BatchNormSiLU(torch.autograd.Function):
         grad = channels_last(grad)
         sums, dots, mean32, out = torch.empty_like(mean), torch.empty_like(mean), mean.float(), torch.empty_like(x)
         call("bn_silu_backward_sums", x, grad, out, n, c, scale, shift, mean32, sums, dots)
-        a = (scale * sums / n.value).float()
-        b = (scale * dots * invstd**2 / n.value).float()
+        a, b, dweight, dbias = gradient_terms(scale, invstd, sums, dots, n.value)
         call("bn_backward", x, out, n, c, scale, mean32, a, b)
-        return out, (dots * invstd).float(), sums.float(), None
+        return out, dweight, dbias, None
 
 
 class GatedBlock(torch.autograd.Function):
     """A whole block: only its input and the output of its depthwise convolution are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, kernel, weight, bias, norm, values, gates, last):
+    def forward(ctx, x, taps, weight, bias, norm, values, gates, last):
         n, c, h, w = x.shape
         pixels = rows(x, c)
         t, y = torch.empty_like(x), torch.empty_like(x)
-        taps = kernel.reshape(c, 9).T.contiguous()
         mean, m2 = torch.empty(c // 2, dtype=torch.float64), torch.empty(c // 2, dtype=torch.float64)
         call("depthwise_forward", x, taps, t, n, h, w, c, mean, m2)
         scale, shift, invstd = normalization(norm, weight, bias, mean, m2, 2 * pixels.value)
@@ -107,11 +111,10 @@ class GatedBlock(torch.autograd.Function):
         sums, dots, mean32 = torch.zeros_like(mean), torch.zeros_like(mean), mean.float()
         transposed = [each.mT.contiguous() for each in (values, gates, last)]
         call("block_backward", t, dy, dz, pixels, c, scale, shift, mean32, values, gates, *transposed, dw, sums, dots)
-        a = (scale * sums / (2 * pixels.value)).float()
-        b = (scale * dots * invstd**2 / (2 * pixels.value)).float()
-        turned, dtaps = taps.flip(0).contiguous(), torch.zeros(9, c, dtype=torch.float64)
-        call("depthwise_backward", x, t, dz, dy, dx, turned, n, h, w, c, scale, mean32, a, b, dtaps)
-        return (dx, dtaps.T.float().view(c, 1, 3, 3), (dots * invstd).float(), sums.float(), None, *dw.float())
+        a, b, dweight, dbias = gradient_terms(scale, invstd, sums, dots, 2 * pixels.value)
+        dtaps = torch.zeros(9, c, dtype=torch.float64)
+        call("depthwise_backward", x, t, dz, dy, dx, taps.flip(0), n, h, w, c, scale, mean32, a, b, dtaps)
+        return dx, dtaps.float(), dweight, dbias, None, *dw.float()
 
 
 def matrices(layer: model.FlipConv2d) -> torch.Tensor:
@@ -129,13 +132,14 @@ def running(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
 
 def gated_block(block: model.ResidualBlock, x: torch.Tensor) -> torch.Tensor:
     conv, norm, _, glu, last = block.layers
-    taps, maps = conv.kernel(), [matrices(layer) for layer in (glu.values, glu.gates, last)]
+    taps = conv.kernel().reshape(-1, 9).T.contiguous()
+    maps = [matrices(layer) for layer in (glu.values, glu.gates, last)]
     if block.training:
         return GatedBlock.apply(x, taps, norm.weight, norm.bias, norm, *maps)
     n, c, h, w = x.shape
     scale, shift = running(norm)
-    t, y, unused = torch.empty_like(x), torch.empty_like(x), torch.empty(c, dtype=torch.float64)
-    call("depthwise_forward", x, taps.reshape(c, 9).T.contiguous(), t, n, h, w, c, unused, unused)
+    t, y = torch.empty_like(x), torch.empty_like(x)
+    call("depthwise_forward", x, taps, t, n, h, w, c, None, None)
     call("block_forward", x, t, y, rows(x, c), c, scale, shift, *maps)
     return y
 
