@@ -19,7 +19,6 @@ import torch.nn.functional as F
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DEFAULT_DATA_DIR = os.environ.get("CIFAR10_DIR") or "data"
 SIZES = {"train": 50_000, "test": 10_000}
-HELD_OUT_FRACTION = 0.1  # --validate holds out the last 5,000 training images
 
 # Of the 50,000 training images, per colour channel, on the scale 0..1.
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465])
@@ -57,10 +56,8 @@ class Split(NamedTuple):
 def load_cifar10(data_dir: str | os.PathLike, parts: tuple[str, ...] = ("train", "test")) -> list[Split]:
     """The named parts of CIFAR-10, each a Split: 50,000 images for "train", 10,000 for "test".
 
-    Reads cifar10.npz in `data_dir`. Where there is none, torchvision reads, unpacks or downloads the
-    official files, and cifar10.npz is made from them.
-
-    Raises DataError if what is there is not CIFAR-10, or if nothing is there and the download failed.
+    Reads cifar10.npz in `data_dir`. Where there is none, torchvision reads, unpacks or downloads the official files,
+    and cifar10.npz is made from them. Raises DataError if there is something else, or if the download failed.
     """
     npz = Path(data_dir) / "cifar10.npz"
     if npz.exists():
@@ -79,10 +76,9 @@ def load_cifar10(data_dir: str | os.PathLike, parts: tuple[str, ...] = ("train",
 def load_training_data(data_dir: str | os.PathLike, validate: bool = False) -> tuple[Split, Split]:
     """The training set and the test set; with `validate`, the first 45,000 and the last 5,000 training images."""
     if not validate:
-        train, test = load_cifar10(data_dir)
-        return train, test
+        return tuple(load_cifar10(data_dir))
     (train,) = load_cifar10(data_dir, ("train",))  # the test set is not even read
-    cut = round((1 - HELD_OUT_FRACTION) * len(train.images))
+    cut = len(train.images) * 9 // 10
     return Split(train.images[:cut], train.labels[:cut]), Split(train.images[cut:], train.labels[cut:])
 
 
@@ -112,10 +108,7 @@ def checked_split(images: np.ndarray, labels: np.ndarray, source: str, part: str
 
 
 def read_official_files(data_dir: Path, part: str) -> Split:
-    """One part of the official folder or archive in `data_dir`, or of the archive from the first mirror that has it.
-
-    torchvision verifies the md5 of all files.
-    """
+    """One part of the official files in `data_dir`, or of the first mirror that has them; torchvision checks md5s."""
     from torchvision.datasets import CIFAR10  # slow to import, and most runs read cifar10.npz
 
     socket.setdefaulttimeout(30)  # seconds, for the whole process; a mirror that is silent for longer has failed
@@ -139,10 +132,8 @@ ROTATION_DEGREES = 15  # the report says "rotated" and names no angle; not tuned
 
 
 def flip_and_rotate(images: torch.Tensor, seed: int) -> torch.Tensor:
-    """Each image flipped left to right and rotated by its own random angle, at most ROTATION_DEGREES.
-
-    uint8 (N, 32, 32, 3) -> the same. Bilinear; the borders are reflected, so no corner is black.
-    """
+    """Each image flipped left to right and rotated by its own random angle, at most ROTATION_DEGREES, bilinearly:
+    uint8 (N, 32, 32, 3) -> the same. The borders are reflected, so no corner is black."""
     generator = torch.Generator().manual_seed(seed)
     angles = (2 * torch.rand(len(images), generator=generator) - 1) * ROTATION_DEGREES
     rotated = torch.empty_like(images)
@@ -254,9 +245,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 def progressive_resize(images: torch.Tensor, progress: float, low_resolution_share: float) -> torch.Tensor:
     """Smaller images early in training (progressive resizing, fast.ai 2018): (N, 3, 32, 32) -> (N, 3, size, size).
-
-    The size is 16 for the first half of the low-resolution share of the steps, 24 for the second, then 32.
-    """
+    The size is 16 for the first half of the low-resolution share of the steps, 24 for the second, then 32."""
     if progress >= low_resolution_share:
         return images
     size = 16 if progress < low_resolution_share / 2 else 24

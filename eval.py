@@ -31,21 +31,21 @@ from data import CLASSES, DEFAULT_DATA_DIR, DataError, Split, load_cifar10, norm
 
 # --- metrics --------------------------------------------------------------------------------------
 
-def infer(network: nn.Module, split: Split, batch_size: int | None = None) -> torch.Tensor:
-    """Log-probabilities (N, 10) of the images of `split`, on its device."""
+def infer(network: nn.Module, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+    """Log-probabilities (N, 10) of uint8 images (N, 32, 32, 3), on their device."""
     network = model.export(network).to(memory_format=torch.channels_last)
-    on_cpu = split.images.device.type == "cpu"
+    on_cpu = images.device.type == "cpu"
     batch_size = batch_size or (40 if on_cpu else 1000)  # 40: the output of a layer stays in the cache of a CPU
     threads = torch.get_num_threads()
 
     @torch.inference_mode()
-    def infer_batch(images: torch.Tensor) -> torch.Tensor:
+    def infer_batch(batch: torch.Tensor) -> torch.Tensor:
         if on_cpu:  # a thread for each batch is faster than several threads for one batch
             torch.set_num_threads(1)
-        return network(normalize(images))
+        return network(normalize(batch))
 
     with ThreadPoolExecutor(threads if on_cpu else 1) as pool:
-        log_probabilities = torch.cat(list(pool.map(infer_batch, split.images.split(batch_size))))
+        log_probabilities = torch.cat(list(pool.map(infer_batch, images.split(batch_size))))
     torch.set_num_threads(threads)
     return log_probabilities
 
@@ -58,7 +58,7 @@ def accuracy_and_loss(log_probabilities: torch.Tensor, labels: torch.Tensor) -> 
 
 def evaluate(network: nn.Module, split: Split) -> tuple[float, float]:
     """The accuracy in percent and the mean negative log-likelihood of `network` on `split`."""
-    return accuracy_and_loss(infer(network, split), split.labels)
+    return accuracy_and_loss(infer(network, split.images), split.labels)
 
 
 def confidence_interval(accuracy: float, n: int) -> tuple[float, float]:
@@ -103,16 +103,14 @@ def confident_mistakes(log_probabilities: torch.Tensor, labels: torch.Tensor, n:
              "probability": round(100 * confidence[i].item(), 2)} for i in wrong]
 
 
-def tta_infer(network: nn.Module, split: Split, batch_size: int | None = None) -> torch.Tensor:
-    """Log-probabilities (N, 10) with test-time augmentation: the mean probability over ten views of each image.
-
-    The views are the image and its shifts by one pixel along both diagonals, each with its mirror image.
-    """
-    padded = F.pad(split.images, (0, 0, 1, 1, 1, 1))
+def tta_infer(network: nn.Module, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+    """Log-probabilities (N, 10) of the mean probability over ten views: the image and its shifts by one pixel along
+    both diagonals, each with its mirror image."""
+    padded = F.pad(images, (0, 0, 1, 1, 1, 1))
     corners = ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))
     shifted = [padded[:, row : row + 32, column : column + 32] for row, column in corners]
-    views = shifted + [images.flip(2) for images in shifted]
-    probabilities = [infer(network, Split(images, split.labels), batch_size).exp() for images in views]
+    views = shifted + [view.flip(2) for view in shifted]
+    probabilities = [infer(network, view, batch_size).exp() for view in views]
     return torch.stack(probabilities).mean(dim=0).log()
 
 
@@ -147,18 +145,15 @@ def corruption_accuracy(network: nn.Module, split: Split, batch_size: int | None
     """The accuracy in percent under each of the corruptions."""
     images, device, accuracies = split.images.cpu(), split.images.device, {}
     for name, corrupt in corruptions().items():
-        corrupted = Split(corrupt(images).to(device), split.labels)
-        accuracies[name], _ = accuracy_and_loss(infer(network, corrupted, batch_size), split.labels)
+        log_probabilities = infer(network, corrupt(images).to(device), batch_size)
+        accuracies[name], _ = accuracy_and_loss(log_probabilities, split.labels)
     return accuracies
 
 
 # --- images of your own ---------------------------------------------------------------------------
 
 def load_image(path: str) -> torch.Tensor:
-    """The central square of any image file, as uint8 (1, 32, 32, 3): upright, and on white where it is transparent.
-
-    Raises DataError if there is no such file, or if it is not an image.
-    """
+    """The central square of any image file, as uint8 (1, 32, 32, 3): upright, and on white where it is transparent."""
     from PIL import Image, ImageOps  # torchvision brings Pillow
 
     try:
@@ -176,9 +171,8 @@ def load_image(path: str) -> torch.Tensor:
 
 def classify(network: nn.Module, paths: list[str], device: torch.device) -> dict[str, dict[str, float]]:
     """The three likeliest classes of each image file, with their probabilities in percent."""
-    images = torch.cat([load_image(path) for path in paths])
-    split = Split(images, torch.zeros(len(paths), dtype=torch.long)).to(device)  # the labels are not used
-    probabilities, classes = infer(network, split).exp().cpu().topk(3)
+    images = torch.cat([load_image(path) for path in paths]).to(device)
+    probabilities, classes = infer(network, images).exp().cpu().topk(3)
     return {
         path: {CLASSES[k]: round(100 * p, 1) for k, p in zip(ks, ps, strict=True)}
         for path, ks, ps in zip(paths, classes.tolist(), probabilities.tolist(), strict=True)
@@ -190,7 +184,7 @@ def classify(network: nn.Module, paths: list[str], device: torch.device) -> dict
 def make_report(network: nn.Module, metadata: dict, test: Split, args: argparse.Namespace) -> dict:
     """Everything that is measured, under the names that --json prints."""
     start = time.perf_counter()
-    log_probabilities = infer(network, test, args.batch_size)
+    log_probabilities = infer(network, test.images, args.batch_size)
     seconds = time.perf_counter() - start
     accuracy, loss = accuracy_and_loss(log_probabilities, test.labels)
     confusion = confusion_matrix(log_probabilities, test.labels)
@@ -207,7 +201,7 @@ def make_report(network: nn.Module, metadata: dict, test: Split, args: argparse.
         report["calibration_error"] = calibration_error(log_probabilities, test.labels)
         report["corruption_accuracy"] = corruption_accuracy(network, test, args.batch_size)
     if args.tta:
-        report["tta_accuracy"], _ = accuracy_and_loss(tta_infer(network, test, args.batch_size), test.labels)
+        report["tta_accuracy"], _ = accuracy_and_loss(tta_infer(network, test.images, args.batch_size), test.labels)
     return report
 
 
@@ -280,8 +274,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one JSON object instead of text (default: off)")
     add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix (default: not drawn)")
     add("--mistakes", type=Path, metavar="FILE.png", help="draw the most confident mistakes (default: not drawn)")
-    add("--full", action="store_true",
-        help="also the 95 %% confidence interval, the calibration error, and the accuracy on corrupted images")
+    add("--full", action="store_true", help="also confidence interval, calibration error, accuracy on corrupted images")
     add("--tta", action="store_true", help="also the accuracy with test-time augmentation, ten views per image")
     add("--image", nargs="+", metavar="FILE", help="classify these images instead; needs no data set")
     return parser

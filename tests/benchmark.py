@@ -1,6 +1,6 @@
 """Speed, memory and accuracy for the time spent, on the real data.
 
-    python tests/benchmark.py                trainings too: two hours on two cores
+    python tests/benchmark.py                trainings too: an hour and a half on two cores
     python tests/benchmark.py --steps-only   about five minutes
 
 Let nothing else run meanwhile, and compare the ratios within one run: a machine is not equally fast at all hours.
@@ -34,7 +34,6 @@ TRAININGS = [  # options of train.py
     "--recipe quick --epochs 2",
     *[f"--recipe fast --seed {seed}" for seed in range(5)],
     "--recipe fast --epochs 8",
-    "--recipe best",
 ]
 
 
@@ -80,23 +79,19 @@ def training_step(
 
 def print_steps(train: Split, rounds: int) -> None:
     report, fast, best = RECIPES["report"], RECIPES["fast"], RECIPES["best"]
-    float32 = dataclasses.replace(fast, amp_bf16=False)
-    report32 = dataclasses.replace(report, amp_bf16=False)
     images, labels = normalize(train.images[: report.batch_size]), train.labels[: report.batch_size]
     small, small_labels = images[: fast.batch_size], labels[: fast.batch_size]
     plain = "report, float32, contiguous memory"
-    steps = {
-        plain: (report, training_step(report32, images.contiguous(), labels)),
-        "report, float32": (report, training_step(report32, images, labels)),
-        "fast, float32": (float32, training_step(float32, small, small_labels)),
-    }
-    if model.has_bf16(torch.device("cpu")):
+    steps = {plain: (report, training_step(dataclasses.replace(report, amp_bf16=False), images.contiguous(), labels))}
+    for amp_bf16 in (False, True) if model.has_bf16(torch.device("cpu")) else (False,):
+        report, fast, best = (dataclasses.replace(recipe, amp_bf16=amp_bf16) for recipe in (report, fast, best))
+        name = "bfloat16" if amp_bf16 else "float32"
         steps |= {
-            "report, bfloat16": (report, training_step(report, images, labels)),
-            "fast, bfloat16": (fast, training_step(fast, small, small_labels)),
-            "fast, bfloat16, one thread": (fast, training_step(fast, small, small_labels, threads=1)),
-            "best, bfloat16": (best, training_step(best, small, small_labels)),
-            "best, bfloat16, two teachers": (best, training_step(best, small, small_labels, teachers=2)),
+            f"report, {name}": (report, training_step(report, images, labels)),
+            f"fast, {name}": (fast, training_step(fast, small, small_labels)),
+            f"fast, {name}, one thread": (fast, training_step(fast, small, small_labels, threads=1)),
+            f"best, {name}": (best, training_step(best, small, small_labels)),
+            f"best, {name}, with a teacher": (best, training_step(best, small, small_labels, teachers=1)),
         }
     print("\ntraining step at 32x32: forward, backward, optimizer")
     seconds = alternate({name: step for name, (_, step) in steps.items()}, rounds)
@@ -122,7 +117,7 @@ def print_loader(train: Split) -> None:
 
 
 def print_inference(test: Split) -> None:
-    network = model.build_network("gated").eval()  # untrained: that takes as long
+    network = model.build_network(RECIPES["best"].network).eval()  # untrained: that takes as long
 
     @torch.inference_mode()
     def infer_as_trained() -> None:
@@ -130,8 +125,8 @@ def print_inference(test: Split) -> None:
             network(normalize(images))
 
     functions = {"as trained, batches of 25": infer_as_trained} | {
-        f"exported, batches of {size}": lambda size=size: infer(network, test, size) for size in (25, 250, 1000)}
-    print(f"\ninference on the {len(test.images):,} test images, network gated")
+        f"exported, batches of {size}": lambda size=size: infer(network, test.images, size) for size in (25, 250, 1000)}
+    print(f"\ninference on the {len(test.images):,} test images, network of best")
     for name, seconds in alternate(functions, 3).items():
         print(f"  {name:36}{seconds:7.2f} s   {len(test.images) / seconds:7.0f} images per second")
 

@@ -4,6 +4,7 @@ import itertools
 import pickle
 import platform
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,12 +48,13 @@ def test_report_network_parameters():
 
 
 @pytest.mark.parametrize("name, parameters, size, millions", [
-    ("report", 47_410, 32, 16.4), ("gated", 47_418, 32, 14.6), ("gated", 47_418, 16, 3.6)])
-def test_networks_have_the_parameters_and_multiply_adds_of_their_docstrings(name, parameters, size, millions):
+    ("report", 47_410, 32, 16.4), ("gated", 47_866, 32, 14.6), ("gated", 47_866, 16, 3.6),
+    ("gated32", 49_586, 32, 32.0)])
+def test_networks_have_the_parameters_and_multiply_adds_that_model_py_names(name, parameters, size, millions):
     network = build_network(name).eval()
     assert model.count_parameters(network) == parameters
     if size == 32:
-        assert f"{parameters:,} parameters, {millions} million multiply-adds" in model.NETWORKS[name].__doc__
+        assert f"{parameters:,} parameters, {millions} million multiply-adds" in Path(model.__file__).read_text()
     with FlopCounterMode(display=False) as counter:
         network(torch.randn(1, 3, size, size))
     assert counter.get_total_flops() / 2e6 == pytest.approx(millions, abs=0.05)
@@ -156,8 +158,8 @@ def random_network(name: str) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
-        elif isinstance(module, FlipConv2d):
-            nn.init.normal_(module.weight, std=0.1)
+        elif isinstance(module, FlipConv2d) and module.gain is not None:
+            nn.init.uniform_(module.gain, 0.5, 1.5)
     for _ in range(3):
         network(2 * torch.randn(64, 3, 32, 32) + 1)
     return network.eval()
@@ -168,26 +170,35 @@ def flip(maps: torch.Tensor) -> torch.Tensor:
     return maps.flip(3).roll(maps.shape[1] // 2, dims=1)
 
 
-@pytest.mark.parametrize("in_channels, kernel_size, stride, groups", [
-    (3, 3, 1, 1), (3, 4, 2, 1), (8, 1, 1, 1), (8, 3, 1, 1), (8, 3, 1, 2), (16, 3, 1, 4), (16, 3, 1, 16), (8, 2, 2, 1)])
+@pytest.mark.parametrize("in_channels, kernel_size, groups", [
+    (3, 3, 1), (3, 5, 1), (8, 1, 1), (8, 3, 1), (8, 3, 2), (16, 3, 4), (16, 3, 16)])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_a_layer_is_flip_equivariant(in_channels, kernel_size, stride, groups, memory_format):
+def test_a_layer_is_flip_equivariant(in_channels, kernel_size, groups, memory_format):
     torch.manual_seed(0)
-    layer = nn.Sequential(FlipConv2d(in_channels, 16, kernel_size, stride, groups), FlipBatchNorm2d(16), nn.ReLU())
+    layer = nn.Sequential(FlipConv2d(in_channels, 16, kernel_size, groups=groups), FlipBatchNorm2d(16), nn.ReLU())
     assert layer[0].weight.numel() == 16 * in_channels // groups * kernel_size**2 // 2
     images = torch.randn(4, in_channels, 12, 12).to(memory_format=memory_format)
     mirrored = images.flip(3) if in_channels == 3 else flip(images)
     for _ in range(2):  # in training mode, then in evaluation mode
         maps = layer(images)
-        assert maps.shape == (4, 16, 12 // stride, 12 // stride) and maps.std() > 0.1
+        assert maps.shape == (4, 16, 12, 12) and maps.std() > 0.1
         assert not torch.allclose(layer(mirrored), maps, atol=1e-2)
         assert torch.allclose(layer(mirrored), flip(maps), atol=1e-5)
         layer.eval()
 
 
+def test_the_gain_scales_each_filter_and_its_mirror_image():
+    layer, x = FlipConv2d(8, 6, 3, gain=1.0), torch.randn(2, 8, 5, 5)
+    before = layer(x)
+    layer.gain.data = torch.tensor([[2.0], [-1.0], [0.0]])
+    scales = torch.tensor([2.0, -1.0, 0.0, 2.0, -1.0, 0.0])
+    assert torch.allclose(layer(x), before * scales[:, None, None], atol=1e-6)
+    assert torch.equal(layer.export().weight, layer.kernel())
+
+
 def test_a_block_starts_as_the_identity():
     x = torch.randn(2, 64, 8, 8)
-    assert torch.equal(model.gated_block(64)(x), x)
+    assert torch.equal(model.GatedBlock(64)(x), x)
 
 
 def test_anti_aliased_pool_is_a_mean_of_4x4_windows():
@@ -207,13 +218,13 @@ def test_swiglu_against_its_formula(training):
 
 
 def test_an_image_and_its_mirror_image_get_the_same_log_probabilities():
-    network = random_network("gated")
+    network = random_network("gated32")
     images = torch.randn(8, 3, 32, 32)
     output = network(images)
     assert output.std() > 0.1 and torch.allclose(output, network(images.flip(3)), atol=1e-4)
 
 
-@pytest.mark.parametrize("name, norms_left", [("report", 0), ("gated", 1)])
+@pytest.mark.parametrize("name, norms_left", [("report", 0), ("gated", 1), ("gated32", 1)])
 def test_export_keeps_the_output(name, norms_left):
     network = random_network(name)
     images = torch.randn(8, 3, 32, 32)

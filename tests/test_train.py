@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -402,32 +403,45 @@ def test_a_distilled_network_learns_from_its_teachers_alone(finished, dataset, t
 
 
 def test_teachers_that_have_seen_the_held_out_images(finished, dataset, tmp_path, capsys):
-    teacher = ("--teachers", str(finished / "weights.pkl"))
-    assert train_in(tmp_path, dataset, "--validate", *teacher) == 2
+    assert train_in(tmp_path, dataset, "--validate", "--teachers", str(finished / "weights.pkl")) == 2
     assert "has seen the held-out images" in capsys.readouterr().err
 
 
-def test_distillation_targets_are_the_teachers_mean(monkeypatch):
-    teachers = [lambda images, p=p: torch.tensor([p]).log().expand(len(images), -1) for p in ([0.5, 0.5], [0.9, 0.1])]
-    log_probabilities = torch.tensor([[0.3, 0.7]]).log().expand(3, -1)
-    images = torch.zeros(3, 3, 32, 32)
-    monkeypatch.setattr(train, "TEMPERATURE", 1.0)
-    loss = train.distillation_loss(log_probabilities, teachers, images).item()
-    assert loss == pytest.approx(-(0.7 * torch.tensor(0.3).log() + 0.3 * torch.tensor(0.7).log()).item())
-    monkeypatch.setattr(train, "TEMPERATURE", 2.0)
-    roots = torch.tensor([0.7, 0.3]).sqrt()
-    expected = 2 * F.cross_entropy(log_probabilities[:1] / 2, roots[None] / roots.sum())
-    assert torch.allclose(train.distillation_loss(log_probabilities, teachers, images), expected)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_gradient_of_the_distillation_loss(temperature, monkeypatch):
-    monkeypatch.setattr(train, "TEMPERATURE", temperature)
+def test_the_teachers_take_turns():
+    """A student that is not updated has the cross-entropy with one teacher in the even steps, the other in the odd."""
     torch.manual_seed(0)
-    logits, target = torch.randn(1, 10, requires_grad=True), torch.randn(1, 10).softmax(dim=1)
-    teacher = (target**temperature / (target**temperature).sum()).log()  # gives `target` at this temperature
-    train.distillation_loss(logits.log_softmax(dim=1), [lambda images: teacher], torch.zeros(1)).backward()
-    assert torch.allclose(logits.grad, (logits / temperature).softmax(dim=1) - target, atol=1e-5)
+    student = model.build_network("report", dropout=0.0)
+    teachers = [lambda images, p=p: torch.full((len(images), 10), 0.1).lerp(torch.eye(10)[p], 0.8).log() for p in (3, 7)]
+    loader = TrainLoader(make_split(20), batch_size=30)
+    recipe = dataclasses.replace(train.RECIPES["report"], dropout=0.0, amp_bf16=False)
+    loss = train.train_one_epoch(student, teachers, loader, [], recipe, range(2), 2)
+    expected = [F.cross_entropy(student(images), teacher(images).exp()).item()
+                for (images, _), teacher in zip(loader, teachers, strict=True)]
+    assert loss == pytest.approx(sum(expected) / 2, rel=1e-4) and abs(expected[0] - expected[1]) > 1e-2
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+def test_the_temperature_that_fits():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(20_000, 10)
+    labels = torch.multinomial((logits / 1.5).softmax(dim=1), 1)[:, 0]
+    assert train.fit_temperature(logits.log_softmax(dim=1), labels) == pytest.approx(1.5, abs=0.05)
+
+
+def test_a_temperature_is_folded_into_the_weights(finished, copied, dataset):
+    """After the last epoch, so it can still be chosen when the run is finished."""
+    assert train_in(copied, dataset, "--epochs", "3", "--set", "temperature=2", "--resume") == 0
+    before, after = (model.load_weights(folder / "weights.pkl")[0] for folder in (finished, copied))
+    images = torch.randn(8, 3, 32, 32)
+    assert torch.allclose(after(images), (before(images) / 2).log_softmax(dim=1), atol=1e-5)
+    before, after = (json.loads((folder / "result.json").read_text()) for folder in (finished, copied))
+    assert after["accuracy"] == before["accuracy"] and after["loss"] != before["loss"]
+
+
+def test_a_run_with_validate_prints_the_temperature(dataset, tmp_path, capsys):
+    assert train_in(tmp_path, dataset, "--epochs", "0.1", "--validate") == 0
+    assert re.search(r"^the loss is least with --set temperature=[012]\.\d+$", capsys.readouterr().out, re.MULTILINE)
 
 
 # --- optimisation and options ---------------------------------------------------------------------
@@ -462,11 +476,11 @@ def test_the_loss_falls_with_every_optimizer(optimizer, dataset, tmp_path):
     assert losses[1] < losses[0]
 
 
-def test_batched_muon_is_pytorchs():
+def test_batched_muon_is_pytorchs_with_filters_of_norm_1():
     torch.manual_seed(0)
     shapes = [(32, 64), (6, 9), (32, 64), (9, 6), (6, 9), (32, 64)]
     matrices, copies = ([torch.nn.Parameter(0.1 * torch.ones(shape)) for shape in shapes] for _ in range(2))
-    options = {"lr": 0.1, "weight_decay": 0.3, "momentum": 0.9, "ns_steps": 3}
+    options = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, "ns_steps": 3}
     batched, reference = train.BatchedMuon(matrices, **options), torch.optim.Muon(copies, **options)
     for _ in range(3):
         for matrix, copy in zip(matrices, copies, strict=True):
@@ -474,6 +488,8 @@ def test_batched_muon_is_pytorchs():
             copy.grad = matrix.grad.clone()
         batched.step()
         reference.step()
+        for copy in copies:
+            copy.data /= copy.data.norm(dim=1, keepdim=True)
     assert all(torch.allclose(matrix, copy, atol=1e-3) for matrix, copy in zip(matrices, copies, strict=True))
     reference.load_state_dict(batched.state_dict())  # the state has the same layout
 
@@ -483,7 +499,8 @@ def test_muon_takes_the_convolutions_and_sgd_all_other_parameters():
     muon, sgd = train.build_optimizers(network, train.RECIPES["best"])
     counts = [sum(p.numel() for group in optimizer.param_groups for p in group["params"]) for optimizer in (muon, sgd)]
     norms = sum(p.numel() for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters())
-    assert counts[1] == norms + 32 * 10 + 10 and sum(counts) == model.count_parameters(network)
+    gains = sum(m.gain.numel() for m in network.modules() if getattr(m, "gain", None) is not None)
+    assert gains > 0 and counts[1] == norms + gains + 32 * 10 + 10 and sum(counts) == model.count_parameters(network)
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES.values(), ids=train.RECIPES)
@@ -503,7 +520,8 @@ def test_every_recipe_is_within_the_limit(recipe):
     (["--set", "crop_padding=33"], "crop_padding is 33: it must be from 0 to 32"),
     (["--set", "optimizer=magic"], "optimizer is 'magic': it must be one of sgd, adamw, muon"),
     (["--set", "network=wide"], "network is 'wide': it must be one of report, gated"),
-    (["--set", "optimizer=muon"], "optimizer is 'muon': it needs a flip-equivariant network, not 'report'"),
+    (["--recipe", "fast", "--set", "weight_decay=0.1"], "weight_decay is 0.1: it must be 0 with muon"),
+    (["--set", "optimizer=muon", "--set", "weight_decay=0"], "optimizer is 'muon': it needs a flip-equivariant network, not 'report'"),
     (["--seed", "-1"], "--seed is -1: it must be from 0 to 2**31 - 1"),
     (["--teachers", "none.pkl"], "there is no file none.pkl"),
 ])
