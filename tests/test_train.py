@@ -411,7 +411,8 @@ def test_the_teachers_take_turns():
     """A student that is not updated has the cross-entropy with one teacher in the even steps, the other in the odd."""
     torch.manual_seed(0)
     student = model.build_network("report", dropout=0.0)
-    teachers = [lambda images, p=p: torch.full((len(images), 10), 0.1).lerp(torch.eye(10)[p], 0.8).log() for p in (3, 7)]
+    teachers = [lambda images, k=k: torch.full((len(images), 10), 0.1).lerp(torch.eye(10)[k], 0.8).log()
+                for k in (3, 7)]
     loader = TrainLoader(make_split(20), batch_size=30)
     recipe = dataclasses.replace(train.RECIPES["report"], dropout=0.0, amp_bf16=False)
     loss = train.train_one_epoch(student, teachers, loader, [], recipe, range(2), 2)
@@ -521,7 +522,8 @@ def test_every_recipe_is_within_the_limit(recipe):
     (["--set", "optimizer=magic"], "optimizer is 'magic': it must be one of sgd, adamw, muon"),
     (["--set", "network=wide"], "network is 'wide': it must be one of report, gated"),
     (["--recipe", "fast", "--set", "weight_decay=0.1"], "weight_decay is 0.1: it must be 0 with muon"),
-    (["--set", "optimizer=muon", "--set", "weight_decay=0"], "optimizer is 'muon': it needs a flip-equivariant network, not 'report'"),
+    (["--set", "optimizer=muon", "--set", "weight_decay=0"],
+     "optimizer is 'muon': it needs a flip-equivariant network, not 'report'"),
     (["--seed", "-1"], "--seed is -1: it must be from 0 to 2**31 - 1"),
     (["--teachers", "none.pkl"], "there is no file none.pkl"),
 ])
