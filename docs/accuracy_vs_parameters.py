@@ -23,14 +23,14 @@ def read(name: str) -> list[dict]:
 
 def main(out: Path = DOCS / "accuracy_vs_parameters.png") -> None:
     published = [(int(row["parameters"]), float(row["accuracy"]), row["name"]) for row in read("published.csv")]
-    ours = {}
+    ours = []
     for id, label in OURS.items():
-        if runs := [row for row in read("results.csv") if row["id"] == id]:
-            ours[id] = int(runs[0]["parameters"]), statistics.mean(float(run["accuracy"]) for run in runs), label
+        runs = [row for row in read("results.csv") if row["id"] == id]
+        ours.append((int(runs[0]["parameters"]), statistics.mean(float(run["accuracy"]) for run in runs), label))
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
     for points, colour, marker, size, label in (
-        (published, "tab:gray", "o", 6, "published"), (list(ours.values()), "tab:red", "*", 10, "this project")
+        (published, "tab:gray", "o", 6, "published"), (ours, "tab:red", "*", 10, "this project")
     ):
         axes.plot(*zip(*[point[:2] for point in points], strict=True), marker, color=colour, label=label,
                   markersize=size)
