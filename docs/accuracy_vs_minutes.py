@@ -23,7 +23,7 @@ def main(out: Path = DOCS / "accuracy_vs_minutes.png") -> None:
     axes = figure.subplots()
     points = []
     for id, label in COMMANDS.items():
-        runs = [row for row in rows if row["id"] == id]
+        runs = [row for row in rows if row["id"] == id and row["device"] == "cpu"]
         accuracies = [float(run["accuracy"]) for run in runs]
         minutes = [float(run["seconds"]) / 60 for run in runs]
         points.append((statistics.mean(minutes), statistics.mean(accuracies)))
