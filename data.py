@@ -4,10 +4,13 @@ Images stay uint8 in one tensor (N, 32, 32, 3) from the file to the batch: 154 M
 the training set, 460 MB for the augmented training set. A batch is normalised as it is served.
 """
 
+import contextlib
 import http.client
 import math
 import os
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout  # a dependency of torch
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DEFAULT_DATA_DIR = os.environ.get("CIFAR10_DIR") or "data"
@@ -24,7 +28,7 @@ SIZES = {"train": 50_000, "test": 10_000}
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465])
 STD = torch.tensor([0.2470, 0.2435, 0.2616])
 
-ARCHIVE = "cifar-10-python.tar.gz"
+NPZ, ARCHIVE, FOLDER = "cifar10.npz", "cifar-10-python.tar.gz", "cifar-10-batches-py"
 # Byte-identical copies, tried in turn. The official server is the slowest by far (pytorch/vision#9536).
 MIRRORS = (
     f"https://storage.googleapis.com/skypilot-example-data/datasets/{ARCHIVE}",
@@ -32,13 +36,17 @@ MIRRORS = (
     f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",
 )
 REMEDY = (
-    f"put {ARCHIVE} (md5 c58f30108f718f92721af3b95e74349a), its folder cifar-10-batches-py, or a cifar10.npz there, "
+    f"put {ARCHIVE} (md5 c58f30108f718f92721af3b95e74349a), its folder {FOLDER}, or a {NPZ} there, "
     "or name the folder that has one with --data-dir or CIFAR10_DIR"
 )
 
 
-class DataError(Exception):
-    """The data set or an image cannot be used; the message says what to do."""
+class UserError(Exception):
+    """Something that the user can mend; the message is one sentence that says what and how."""
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 class Split(NamedTuple):
@@ -53,49 +61,92 @@ class Split(NamedTuple):
 
 # --- find CIFAR-10 ------------------------------------------------------------------------------
 
-def load_cifar10(data_dir: str | os.PathLike, parts: tuple[str, ...] = ("train", "test")) -> list[Split]:
-    """The named parts of CIFAR-10, each a Split: 50,000 images for "train", 10,000 for "test".
+def load_split(data_dir: str | os.PathLike, name: str) -> Split:
+    """One split of CIFAR-10, "train" (50,000 images) or "test" (10,000).
 
-    Reads cifar10.npz in `data_dir`. Where there is none, torchvision reads, unpacks or downloads the official files,
-    and cifar10.npz is made from them. Raises DataError if there is something else, or if the download failed.
+    Reads cifar10.npz in `data_dir`. Where there is none, it is made from the official files, which are downloaded
+    first if need be. Raises UserError if there is something else, or if the download failed.
     """
-    npz = Path(data_dir) / "cifar10.npz"
-    if npz.exists():
-        return [read_npz(npz, part) for part in parts]
-    splits = {part: read_official_files(Path(data_dir), part) for part in SIZES}
-    arrays = {f"{part}_{name}": tensor for part in SIZES for name, tensor in splits[part]._asdict().items()}
-    temporary = npz.with_name(f"cifar10.{os.getpid()}.part.npz")
-    try:
-        np.savez(temporary, **arrays)
-        os.replace(temporary, npz)
-    except OSError:  # a full or read-only disk only costs seconds at the next start
-        temporary.unlink(missing_ok=True)
-    return [splits[part] for part in parts]
+    data_dir = Path(data_dir)
+    if data_dir.name in (NPZ, ARCHIVE, FOLDER):  # named itself, rather than the folder that has it
+        data_dir = data_dir.parent
+    npz = data_dir / NPZ
+    if not npz.exists():
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with hold_lock(data_dir / "cifar10.lock", wait="another process prepares CIFAR-10: waiting for it"):
+            if not npz.exists():
+                arrays = read_official_files(data_dir)
+                save_npz(npz, arrays)
+                return checked_split(arrays, name, data_dir)
+    return checked_split(read_npz(npz, name), name, npz)
 
 
 def load_training_data(data_dir: str | os.PathLike, validate: bool = False) -> tuple[Split, Split]:
     """The training set and the test set; with `validate`, the first 45,000 and the last 5,000 training images."""
+    train = load_split(data_dir, "train")
     if not validate:
-        return tuple(load_cifar10(data_dir))
-    (train,) = load_cifar10(data_dir, ("train",))  # the test set is not even read
-    cut = len(train.images) * 9 // 10
+        return train, load_split(data_dir, "test")
+    cut = len(train.images) * 9 // 10  # the test set is not even read
     return Split(train.images[:cut], train.labels[:cut]), Split(train.images[cut:], train.labels[cut:])
 
 
-def read_npz(path: Path, part: str) -> Split:
-    """The arrays `{part}_images` and `{part}_labels` of cifar10.npz."""
+@contextlib.contextmanager
+def hold_lock(path: Path, wait: str | None = None) -> Iterator[None]:
+    """Hold a lock file. If another process holds it: print `wait` and wait, or raise filelock.Timeout without it.
+    Some network drives have no locks, and a folder may be read-only: then go on without one."""
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if wait is None:
+                raise
+            print(wait, flush=True)
+            lock.acquire()
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        print(f"warning: no lock in {path.parent} ({error}): let only one process use it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_npz(path: Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays of one split in cifar10.npz."""
+    keys = f"{name}_images", f"{name}_labels"
     try:
         with np.load(path) as arrays:  # allow_pickle is off: no code in the file is run
-            images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+            if not set(keys) <= set(arrays):
+                raise UserError(f"{path} has the arrays {', '.join(arrays)}, but {' and '.join(keys)} are expected: "
+                                f"rename them, or {REMEDY}")
+            return {key: arrays[key] for key in keys}
+    except (UserError, MemoryError):
+        raise
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read: change its permissions") from error
     except Exception as error:  # numpy, zipfile and zlib fail on a damaged file in many ways
-        raise DataError(f"{path} is not a whole .npz file of plain arrays ({error}): remove it, or {REMEDY}") from error
-    return checked_split(images, labels, str(path), part)
+        raise UserError(f"{path} is not a whole .npz file of plain arrays ({error}): remove it, or {REMEDY}") from error
 
 
-def checked_split(images: np.ndarray, labels: np.ndarray, source: str, part: str) -> Split:
-    """A Split of these arrays, or a DataError that says which of them is not CIFAR-10's."""
-    shape = (SIZES[part], 32, 32, 3)
-    for fits, name, found, expected in (  # the first that does not fit is reported
+def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write cifar10.npz; where the disk is full or read-only, leave it: that only costs seconds at the next start."""
+    part = path.with_name(f"cifar10.{os.getpid()}.part.npz")
+    try:
+        np.savez(part, **arrays)
+        os.replace(part, path)
+    except OSError:
+        pass
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def checked_split(arrays: dict[str, np.ndarray], name: str, source: Path) -> Split:
+    """A Split of the arrays, or a UserError that says which of them is not CIFAR-10's."""
+    images, labels = arrays[f"{name}_images"], arrays[f"{name}_labels"]
+    shape = (SIZES[name], 32, 32, 3)
+    for fits, what, found, expected in (  # the first that does not fit is reported
         (images.dtype == np.uint8, "images", images.dtype, "uint8"),
         (images.shape == shape, "images", f"of shape {images.shape}", shape),
         (labels.dtype.kind in "iu", "labels", labels.dtype, "integers"),
@@ -103,25 +154,56 @@ def checked_split(images: np.ndarray, labels: np.ndarray, source: str, part: str
         (set(labels.flat) == set(range(10)), "labels", "of other classes", "the 10 classes 0 to 9"),
     ):
         if not fits:
-            raise DataError(f"{source}: {part}_{name} is {found}, expected {expected}: {REMEDY}")
+            raise UserError(f"{source}: {name}_{what} is {found}, expected {expected}: {REMEDY}")
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
 
-def read_official_files(data_dir: Path, part: str) -> Split:
-    """One part of the official files in `data_dir`, or of the first mirror that has them; torchvision checks md5s."""
+def read_official_files(data_dir: Path) -> dict[str, np.ndarray]:
+    """The arrays of cifar10.npz, from the official folder or archive in `data_dir`, or from the first mirror that
+    has the archive. Nothing that is there is replaced: a file with another md5 than the official one is an error."""
     from torchvision.datasets import CIFAR10  # slow to import, and most runs read cifar10.npz
+    from torchvision.datasets.utils import calculate_md5, extract_archive
+
+    def check(path: Path, md5: str) -> None:
+        found = calculate_md5(path) if path.exists() else "missing"
+        if found != md5:
+            raise UserError(f"{path} is not the official file (its md5 is {found}, not {md5}): {REMEDY}")
+
+    def read(root: Path) -> dict[str, np.ndarray]:
+        arrays = {}
+        for file, md5 in CIFAR10.train_list + CIFAR10.test_list:
+            check(root / FOLDER / file, md5)
+        for name in SIZES:
+            dataset = CIFAR10(root, train=name == "train")
+            arrays |= {f"{name}_images": dataset.data, f"{name}_labels": np.asarray(dataset.targets, np.uint8)}
+        return arrays
+
+    if (data_dir / FOLDER).exists():
+        return read(data_dir)
+    archive = data_dir / ARCHIVE
+    with tempfile.TemporaryDirectory(dir=data_dir, suffix=".part") as temporary:
+        if not archive.exists():
+            os.rename(download(Path(temporary)), archive)
+        check(archive, CIFAR10.tgz_md5)
+        extract_archive(archive, temporary)
+        return read(Path(temporary))
+
+
+def download(folder: Path) -> Path:
+    """Download the official archive to `folder` from the first mirror that has it."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_url
 
     socket.setdefaulttimeout(30)  # seconds, for the whole process; a mirror that is silent for longer has failed
     failures = []
     for url in MIRRORS:
-        CIFAR10.url = url  # there is no parameter for it
         try:
-            dataset = CIFAR10(data_dir, train=part == "train", download=True)
-            return checked_split(dataset.data, np.asarray(dataset.targets), str(data_dir), part)
+            download_url(url, folder, ARCHIVE, CIFAR10.tgz_md5)
+            return folder / ARCHIVE
         except (OSError, RuntimeError, http.client.HTTPException) as error:  # URLError is an OSError
             failures.append(f"{url}: {error}")
-    raise DataError(
-        f"CIFAR-10 is not in {data_dir} and could not be downloaded ({'; '.join(failures)}): "
+    raise UserError(
+        f"CIFAR-10 is not in {folder.parent} and could not be downloaded ({'; '.join(failures)}): "
         f"try again when there is a network, or {REMEDY}"
     )
 
@@ -181,59 +263,51 @@ def random_crop(images: torch.Tensor, padding: int, generator: torch.Generator) 
 class TrainLoader:
     """Batches of the augmented training set in random order; the last one may be smaller.
 
-    The set holds each of the N training images in the report's three forms, 3N samples: as it is, and the two
-    random forms, flipped and rotated, and through AutoAugment. A batch is normalised images (B, 3, 32, 32) and
-    labels (B,).
+    The set holds three versions of each of the N training images, 3N samples: as it is, and two random versions,
+    flipped and rotated, and through AutoAugment. A batch is normalised images (B, 3, 32, 32) and labels (B,).
 
     Args:
         train: the training set; the batches are on its device.
-        batch_size: B.
+        recipe: a train.Recipe, which explains its fields: batch_size, random_versions, resample,
+            autoaugment_group_size, autoaugment_flipped and crop_padding.
         seed: with the epoch, it decides all random numbers.
-        random_forms: False leaves the two random forms out: N samples.
-        resample: draw the random forms anew for each epoch, rather than once.
-        autoaugment_group_size: images that share a draw of AutoAugment.
-        autoaugment_flipped: apply AutoAugment to the flipped and rotated form too.
-        crop_padding: pixels of padding for a random crop of each sample.
     """
 
-    def __init__(
-        self, train: Split, *, batch_size: int, seed: int = 0, random_forms: bool = True, resample: bool = False,
-        autoaugment_group_size: int = 1, autoaugment_flipped: bool = False, crop_padding: int = 0,
-    ):
-        self.random_forms, forms = random_forms, 3 if random_forms else 1
-        self.images, self.labels = train.images.repeat(forms, 1, 1, 1), train.labels.repeat(forms)
-        self.batch_size, self.seed, self.resample, self.crop_padding = batch_size, seed, resample, crop_padding
-        self.group_size, self.autoaugment_flipped = autoaugment_group_size, autoaugment_flipped
-        self.epoch, self.augmented_with = 0, None  # the seed that drew the random forms
+    def __init__(self, train: Split, recipe: "Recipe", seed: int = 0):
+        self.recipe, self.seed = recipe, seed
+        versions = 3 if recipe.random_versions else 1
+        self.images, self.labels = train.images.repeat(versions, 1, 1, 1), train.labels.repeat(versions)
+        self.epoch, self.augmented_with = 0, None  # the seed that drew the random versions
 
     def __len__(self) -> int:
         """Steps per epoch."""
-        return math.ceil(len(self.images) / self.batch_size)
+        return math.ceil(len(self.images) / self.recipe.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the random numbers of the next pass, as torch.utils.data.DistributedSampler does."""
         self.epoch = epoch
 
     def augment(self, seed: int) -> None:
-        """Draw the two random forms of all images."""
+        """Draw the two random versions of all images."""
         original, flipped, augmented = self.images.chunk(3)
+        group_size = self.recipe.autoaugment_group_size
         flipped.copy_(flip_and_rotate(original, seed))
-        augmented.copy_(autoaugment(original, seed, self.group_size))
-        if self.autoaugment_flipped:
-            flipped.copy_(autoaugment(flipped, -1 - seed, self.group_size))  # negative: the seed of no other draw
+        augmented.copy_(autoaugment(original, seed, group_size))
+        if self.recipe.autoaugment_flipped:
+            flipped.copy_(autoaugment(flipped, -1 - seed, group_size))  # negative: the seed of no other draw
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         seed = 10_000 * self.seed + self.epoch
-        augment_seed = seed if self.resample else 10_000 * self.seed
-        if self.random_forms and self.augmented_with != augment_seed:
+        augment_seed = seed if self.recipe.resample else 10_000 * self.seed
+        if self.recipe.random_versions and self.augmented_with != augment_seed:
             self.augment(augment_seed)
             self.augmented_with = augment_seed
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
-        for chosen in order.split(self.batch_size):
+        for chosen in order.split(self.recipe.batch_size):
             images = self.images[chosen]
-            if self.crop_padding:
-                images = random_crop(images, self.crop_padding, generator)
+            if self.recipe.crop_padding:
+                images = random_crop(images, self.recipe.crop_padding, generator)
             yield normalize(images), self.labels[chosen]
 
 
@@ -243,11 +317,17 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
-def progressive_resize(images: torch.Tensor, progress: float, low_resolution_share: float) -> torch.Tensor:
-    """Smaller images early in training (progressive resizing, fast.ai 2018): (N, 3, 32, 32) -> (N, 3, size, size).
-    The size is 16 for the first half of the low-resolution share of the steps, 24 for the second, then 32."""
+def image_size(progress: float, low_resolution_share: float) -> int:
+    """The size of the images after a share `progress` of the steps: 16 pixels for the first half of the low-resolution
+    share of the steps, 24 for its second half, then 32 (progressive resizing, fast.ai 2018)."""
     if progress >= low_resolution_share:
+        return 32
+    return 16 if progress < low_resolution_share / 2 else 24
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Smaller images, without aliasing: (N, 3, 32, 32) -> (N, 3, size, size)."""
+    if size == images.shape[-1]:
         return images
-    size = 16 if progress < low_resolution_share / 2 else 24
     resized = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     return resized.contiguous(memory_format=torch.channels_last)

@@ -12,13 +12,19 @@ Exit status: 0 when the accuracy reaches --min-accuracy, 1 when it does not, 2 f
 """
 
 import argparse
+import contextlib
+import ctypes
 import io
 import json
 import math
+import os
+import platform
+import signal
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +33,104 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
-from data import CLASSES, DEFAULT_DATA_DIR, DataError, Split, load_cifar10, normalize
+from data import CLASSES, DEFAULT_DATA_DIR, Split, UserError, load_split, normalize
+
+# --- the machine ----------------------------------------------------------------------------------
+
+def pick_device(name: str) -> torch.device:
+    """The device named cpu, cuda or mps, or the fastest one available for auto. UserError if there is none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, is_available in available.items() if is_available)
+    elif not available[name]:
+        raise UserError(f"PyTorch finds no {name} device on this machine: leave out --device")
+    return torch.device(name)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # PyTorch 2.9 has no get_capabilities, so float32 is used with it
+    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def describe_machine(device: torch.device) -> dict:
+    """What a run computes on and with, for result.json."""
+    processor = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), processor)
+    return {"device": device.type, "processor": processor, "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "torchvision", "numpy")}}
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """Print at once. If nobody can read it (a closed pipe, a full disk), go on in silence: a run is worth more."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_script(command: Callable[[], int]) -> int:
+    """Run a script's command and return its exit status; what the user can mend is one line and status 2."""
+    os.environ["MPLBACKEND"] = "agg"  # files need no display; a notebook names a backend that may not be there
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where standard output is closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    reuse_freed_memory()
+    try:
+        return command()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError for most things
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print("error: there is not enough memory: close other programs, or choose a smaller network or batch",
+              file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    return 2
+
+
+def reuse_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensor, rather than have the kernel clear new pages for it."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+        libc.mallopt(-3, 2**30)      # M_MMAP_THRESHOLD, bytes
+
+
+def path_option(text: str) -> Path:
+    """A path on the command line or in an environment variable; ~ is the home folder, for argparse."""
+    return Path(os.path.expanduser(text))
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError, before any work, if a file could not be written there after it."""
+    target = path if path.exists() and not path.is_file() else path.parent  # a device, or the folder of a file
+    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
+        raise UserError(f"{path} cannot be written: name a file in a folder that exists and may be written")
+
 
 # --- metrics --------------------------------------------------------------------------------------
 
-def infer(network: nn.Module, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+def infer(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (N, 10) of uint8 images (N, 32, 32, 3), on their device."""
     network = model.export(network).to(memory_format=torch.channels_last)
     on_cpu = images.device.type == "cpu"
-    batch_size = batch_size or (40 if on_cpu else 1000)  # 40: the output of a layer stays in the cache of a CPU
+    batch_size = 40 if on_cpu else 1000  # 40: the output of a layer stays in the cache of a CPU
     threads = torch.get_num_threads()
 
     @torch.inference_mode()
     def infer_batch(batch: torch.Tensor) -> torch.Tensor:
         if on_cpu:  # a thread for each batch is faster than several threads for one batch
             torch.set_num_threads(1)
-        return network(normalize(batch))
+        return F.log_softmax(network(normalize(batch)).float(), dim=1)
 
     with ThreadPoolExecutor(threads if on_cpu else 1) as pool:
         log_probabilities = torch.cat(list(pool.map(infer_batch, images.split(batch_size))))
@@ -103,14 +191,14 @@ def confident_mistakes(log_probabilities: torch.Tensor, labels: torch.Tensor, n:
              "probability": round(100 * confidence[i].item(), 2)} for i in wrong]
 
 
-def tta_infer(network: nn.Module, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+def tta_infer(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (N, 10) of the mean probability over ten views: the image and its shifts by one pixel along
     both diagonals, each with its mirror image."""
     padded = F.pad(images, (0, 0, 1, 1, 1, 1))
     corners = ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))
     shifted = [padded[:, row : row + 32, column : column + 32] for row, column in corners]
     views = shifted + [view.flip(2) for view in shifted]
-    probabilities = [infer(network, view, batch_size).exp() for view in views]
+    probabilities = [infer(network, view).exp() for view in views]
     return torch.stack(probabilities).mean(dim=0).log()
 
 
@@ -141,91 +229,118 @@ def corruptions() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     return {"gaussian noise": gaussian_noise, "gaussian blur": gaussian_blur, "jpeg": jpeg, "contrast": contrast}
 
 
-def corruption_accuracy(network: nn.Module, split: Split, batch_size: int | None = None) -> dict[str, float]:
+def corruption_accuracy(network: nn.Module, split: Split) -> dict[str, float]:
     """The accuracy in percent under each of the corruptions."""
     images, device, accuracies = split.images.cpu(), split.images.device, {}
     for name, corrupt in corruptions().items():
-        log_probabilities = infer(network, corrupt(images).to(device), batch_size)
+        log_probabilities = infer(network, corrupt(images).to(device))
         accuracies[name], _ = accuracy_and_loss(log_probabilities, split.labels)
     return accuracies
 
 
 # --- images of your own ---------------------------------------------------------------------------
 
-def load_image(path: str) -> torch.Tensor:
-    """The central square of any image file, as uint8 (1, 32, 32, 3): upright, and on white where it is transparent."""
+# How to set a picture upright, by its EXIF orientation. ImageOps.exif_transpose fails on odd metadata.
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+           7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+def load_image(path: Path) -> torch.Tensor:
+    """The central square of any image file, as uint8 (1, 32, 32, 3): upright, and on white where it is transparent.
+
+    Raises UserError for a file that is no image, is larger than 500 megapixels, or has values of an unknown range.
+    """
     from PIL import Image, ImageOps  # torchvision brings Pillow
 
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            if image.width * image.height > 500_000_000:
+                raise ValueError("it has more than 500 megapixels")
+            image.draft(image.mode, (2048, 2048))  # a large JPEG is read at a fraction of its size
+            turn = None
+            with contextlib.suppress(Exception):  # odd metadata
+                turn = UPRIGHT.get(image.getexif().get(0x0112))
+            if image.mode.startswith("I;16"):  # convert() would clip it to white
+                values = np.asarray(image)
+                if values.max() < 4096:
+                    raise ValueError("its 16-bit values use a part of their range only")
+                image = Image.fromarray((values // 257).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError("the range of its values is not known")
             image = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}): name a JPEG or PNG file") from None
+            image = image.transpose(Image.Transpose[turn]) if turn else image
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise UserError(f"{path} cannot be read as an image ({error}): name an 8-bit JPEG or PNG file") from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = ImageOps.fit(image, (32, 32), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image))[None]
 
 
-def classify(network: nn.Module, paths: list[str], device: torch.device) -> dict[str, dict[str, float]]:
-    """The three likeliest classes of each image file, with their probabilities in percent."""
-    images = torch.cat([load_image(path) for path in paths]).to(device)
-    probabilities, classes = infer(network, images).exp().cpu().topk(3)
+def classify(network: nn.Module, paths: list[Path], device: torch.device) -> dict[Path, dict[str, float]]:
+    """The three likeliest classes of each image file, with their probabilities in percent. A file that cannot be read
+    is left out, with a line on standard error."""
+    images = {}
+    for path in paths:
+        try:
+            images[path] = load_image(path)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+    if not images:
+        return {}
+    probabilities, classes = infer(network, torch.cat(list(images.values())).to(device)).exp().cpu().topk(3)
     return {
         path: {CLASSES[k]: round(100 * p, 1) for k, p in zip(ks, ps, strict=True)}
-        for path, ks, ps in zip(paths, classes.tolist(), probabilities.tolist(), strict=True)
+        for path, ks, ps in zip(images, classes.tolist(), probabilities.tolist(), strict=True)
     }
 
 
 # --- the report -----------------------------------------------------------------------------------
 
-def make_report(network: nn.Module, metadata: dict, test: Split, args: argparse.Namespace) -> dict:
+def make_report(network: nn.Module, split: Split, *, full: bool = False, tta: bool = False) -> dict:
     """Everything that is measured, under the names that --json prints."""
     start = time.perf_counter()
-    log_probabilities = infer(network, test.images, args.batch_size)
+    log_probabilities = infer(network, split.images)
     seconds = time.perf_counter() - start
-    accuracy, loss = accuracy_and_loss(log_probabilities, test.labels)
-    confusion = confusion_matrix(log_probabilities, test.labels)
+    accuracy, loss = accuracy_and_loss(log_probabilities, split.labels)
+    confusion = confusion_matrix(log_probabilities, split.labels)
     precision, recall = precision_and_recall(confusion)
     report = {
-        "trained": metadata, "parameters": model.count_parameters(network),
-        "images": len(test.labels), "accuracy": accuracy, "loss": loss, "passed": accuracy >= args.min_accuracy,
-        "images_per_second": len(test.labels) / seconds,
+        "parameters": model.count_parameters(network), "images": len(split.labels), "accuracy": accuracy, "loss": loss,
+        "images_per_second": len(split.labels) / seconds,
         "precision": dict(zip(CLASSES, precision, strict=True)), "recall": dict(zip(CLASSES, recall, strict=True)),
-        "confusion": confusion.tolist(), "confident_mistakes": confident_mistakes(log_probabilities, test.labels),
+        "confusion": confusion.tolist(), "confident_mistakes": confident_mistakes(log_probabilities, split.labels),
     }
-    if args.full:
-        report["interval"] = confidence_interval(accuracy, len(test.labels))
-        report["calibration_error"] = calibration_error(log_probabilities, test.labels)
-        report["corruption_accuracy"] = corruption_accuracy(network, test, args.batch_size)
-    if args.tta:
-        report["tta_accuracy"], _ = accuracy_and_loss(tta_infer(network, test.images, args.batch_size), test.labels)
+    if full:
+        report["interval"] = confidence_interval(accuracy, len(split.labels))
+        report["calibration_error"] = calibration_error(log_probabilities, split.labels)
+        report["corruption_accuracy"] = corruption_accuracy(network, split)
+    if tta:
+        report["tta_accuracy"], _ = accuracy_and_loss(tta_infer(network, split.images), split.labels)
     return report
 
 
 def print_report(report: dict, device: torch.device, min_accuracy: float) -> None:
-    print(f"{model.describe_training(report['trained'])}: {report['parameters']:,} parameters")
-    print(f"{report['images']:,} test images: accuracy {report['accuracy']:.2f} %, loss {report['loss']:.4f} "
+    say(f"{model.describe_training(report['trained'])}: {report['parameters']:,} parameters")
+    say(f"{report['images']:,} test images: accuracy {report['accuracy']:.2f} %, loss {report['loss']:.4f} "
           f"({report['images_per_second']:,.0f} images per second on {device})")
-    print(f"\n{'class':12}{'precision':>10}{'recall':>9}")
+    say(f"\n{'class':12}{'precision':>10}{'recall':>9}")
     for name in CLASSES:
-        print(f"{name:12}{report['precision'][name]:9.1f}%{report['recall'][name]:8.1f}%")
-    print()
+        say(f"{name:12}{report['precision'][name]:9.1f}%{report['recall'][name]:8.1f}%")
+    say()
     mistakes = [(count, CLASSES[i], CLASSES[j]) for i, row in enumerate(report["confusion"])
                 for j, count in enumerate(row) if i != j and count]
     for count, name, predicted in sorted(mistakes, reverse=True)[:5]:
-        print(f"{count:5} images of class {name} were classified as {predicted}")
+        say(f"{count:5} images of class {name} were classified as {predicted}")
     if "interval" in report:
         low, high = report["interval"]
-        print(f"\n95 % confidence interval        {low:.2f} to {high:.2f} %")
-        print(f"expected calibration error      {report['calibration_error']:6.2f} %")
+        say(f"\n95 % confidence interval        {low:.2f} to {high:.2f} %")
+        say(f"expected calibration error      {report['calibration_error']:6.2f} %")
         for name, percent in report["corruption_accuracy"].items():
-            print(f"accuracy under {name:16} {percent:6.2f} %")
+            say(f"accuracy under {name:16} {percent:6.2f} %")
     if "tta_accuracy" in report:
-        print(f"\nwith test-time augmentation, ten views per image: {report['tta_accuracy']:.2f} %")
-    print(f"\n{'PASSED' if report['passed'] else 'FAILED'}: {report['accuracy']:.2f} % is "
+        say(f"\nwith test-time augmentation, ten views per image: {report['tta_accuracy']:.2f} %")
+    say(f"\n{'PASSED' if report['passed'] else 'FAILED'}: {report['accuracy']:.2f} % is "
           f"{'at least' if report['passed'] else 'below'} the bar of {min_accuracy:g} %")
 
 
@@ -264,60 +379,53 @@ def plot_mistakes(report: dict, test: Split, path: Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--weights", default="weights.pkl", metavar="FILE", help="written by train.py (default: %(default)s)")
-    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="the data set (default: $CIFAR10_DIR, or data)")
+    add, path = parser.add_argument, path_option
+    add("--weights", type=path, default="weights.pkl", metavar="FILE", help="of train.py (default: %(default)s)")
+    add("--data-dir", type=path, default=DEFAULT_DATA_DIR, metavar="DIR", help="CIFAR-10 (default: $CIFAR10_DIR or data)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
-    add("--batch-size", type=int, metavar="N", help="images at a time (default: 40 on a CPU, 1,000 elsewhere)")
-    add("--min-accuracy", type=float, default=80.0, metavar="PERCENT",
-        help="the bar for exit status 0 (default: %(default)s)")
-    add("--json", action="store_true", help="print one JSON object instead of text (default: off)")
-    add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix (default: not drawn)")
-    add("--mistakes", type=Path, metavar="FILE.png", help="draw the most confident mistakes (default: not drawn)")
+    add("--min-accuracy", type=float, default=80.0, metavar="PERCENT", help="the bar for exit status 0 (default: 80)")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    add("--confusion", type=path, metavar="FILE.png", help="draw the confusion matrix")
+    add("--mistakes", type=path, metavar="FILE.png", help="draw the most confident mistakes")
     add("--full", action="store_true", help="also confidence interval, calibration error, accuracy on corrupted images")
     add("--tta", action="store_true", help="also the accuracy with test-time augmentation, ten views per image")
-    add("--image", nargs="+", metavar="FILE", help="classify these images instead; needs no data set")
+    add("--image", type=path, nargs="+", metavar="FILE", help="classify these images instead; needs no data set")
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
-    device = model.pick_device(args.device)
+def evaluate_weights(args: argparse.Namespace) -> int:
+    """Print what is measured of a weights file, or the classes of image files, and return the exit status."""
+    for path in (args.confusion, args.mistakes):
+        if path:
+            check_writable(path)
+    device = pick_device(args.device)
     network, metadata = model.load_weights(args.weights)
     network = network.to(device)
     if args.image:
         guesses = classify(network, args.image, device)
         if args.json:
-            print(json.dumps(guesses))
+            say(json.dumps({str(path): guess for path, guess in guesses.items()}))
         else:
             for path, guess in guesses.items():
-                print(f"{path}: " + ", ".join(f"{name} {percent:.1f} %" for name, percent in guess.items()))
-        return 0
-    (test,) = load_cifar10(args.data_dir, ("test",))
-    report = make_report(network, metadata, test.to(device), args)
+                say(f"{path}: " + ", ".join(f"{name} {percent:.1f} %" for name, percent in guess.items()))
+        return 0 if len(guesses) == len(set(args.image)) else 2
+    test = load_split(args.data_dir, "test")
+    report = {"trained": metadata, **make_report(network, test.to(device), full=args.full, tta=args.tta)}
+    report["passed"] = report["accuracy"] >= args.min_accuracy
+    if args.json:
+        say(json.dumps(report))
+    else:
+        print_report(report, device, args.min_accuracy)
     if args.confusion:
         plot_confusion(report, args.confusion)
     if args.mistakes:
         plot_mistakes(report, test, args.mistakes)
-    if args.json:
-        print(json.dumps(report))
-    else:
-        print_report(report, device, args.min_accuracy)
     return 0 if report["passed"] else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch-size is {args.batch_size}: it must be above 0")
-    model.reuse_freed_memory()
-    try:
-        return run(args)
-    except (DataError, model.ModelError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    args = make_parser().parse_args(argv)
+    return run_script(lambda: evaluate_weights(args))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
-"""The networks, the limit of 50,000 parameters, and the weights file.
+"""The networks and their weights.
 
-Every network maps normalised images, float (N, 3, 32, 32), to log-probabilities (N, 10).
-`build_network(name)` builds one of NETWORKS and checks the limit. `save_weights` and `load_weights`
-write and read weights.pkl. To try a network of your own, write it here and add it to NETWORKS.
+A network is any `nn.Module` that maps normalised images, float (N, 3, 32, 32), to logits (N, 10). It has at most 50,000
+parameters and a name in NETWORKS, and is built without arguments. It then trains with every recipe. PlainCNN below is
+an example; for one of your own, write it beside it, add it to NETWORKS as "mine", and run:
 
-    python model.py              the layers of all networks
-    python model.py gated        the layers of one of them
+    python model.py mine               its layers
+    python train.py --network mine     trains it
 """
 
 import argparse
 import copy
-import ctypes
 import functools
 import io
 import itertools
 import os
 import pickle
-import sys
 import zipfile
 from pathlib import Path
 
@@ -25,24 +23,41 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from data import UserError
+
 PARAMETER_LIMIT = 50_000
 
 
-class ModelError(Exception):
-    """A network, a weights file or a device that cannot be used; the message says what to do."""
-
-
-# --- the report's network ---------------------------------------------------------------------
+# --- plain networks -----------------------------------------------------------------------------
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
     """3x3 convolution, batch norm, ReLU: (N, in_channels, H, W) -> (N, out_channels, H, W)."""
     return [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
-class ReportNet(nn.Module):
-    """The report's network: 47,410 parameters, 16.4 million multiply-adds."""
+class PlainCNN(nn.Module):
+    """A plain convolutional network: 45,066 parameters, 9.7 million multiply-adds."""
 
-    def __init__(self, *, dropout: float = 0.2):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *conv_norm_relu(3, 16), *conv_norm_relu(16, 16), nn.MaxPool2d(2),
+            *conv_norm_relu(16, 32), *conv_norm_relu(32, 32), nn.MaxPool2d(2),
+            *conv_norm_relu(32, 48), *conv_norm_relu(48, 32), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(32, 10))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
+
+
+class ReportNet(nn.Module):
+    """The report's network: 47,410 parameters, 16.4 million multiply-adds.
+
+    The report ends with a log-softmax and takes the negative log-likelihood. That is the cross-entropy of the logits,
+    which this network returns and every recipe uses.
+    """
+
+    def __init__(self):
         super().__init__()
         self.features = nn.Sequential(
             *conv_norm_relu(3, 3),      # layer 0:            (N,  3, 32, 32)
@@ -59,9 +74,8 @@ class ReportNet(nn.Module):
         )
         self.classifier = nn.Sequential(
             nn.Flatten(),               #                     (N, 960)
-            nn.Dropout(dropout),
-            nn.Linear(960, 10),
-            nn.LogSoftmax(dim=1),       #                     (N, 10)
+            nn.Dropout(0.2),
+            nn.Linear(960, 10),         #                     (N, 10)
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -87,25 +101,29 @@ class FlipConv2d(nn.Module):
         out_channels: even.
         kernel_size: odd.
         groups: 1 or an even number, so that no group mixes the two halves.
-        gain: initial value of a learned factor for each filter; None for no factor. Training keeps filters at norm 1,
-            so only the factor can scale the output.
+        gain: initial value of a learned factor for each filter; None for no factor.
+
+    Raises UserError for an odd number of channels.
     """
+
+    unit_filters = True  # Muon keeps each filter at norm 1: a batch norm follows, or the gain sets the scale
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, groups: int = 1,
                  gain: float | None = None):
         super().__init__()
+        for channels in (out_channels, 2 if in_channels == 3 else in_channels):
+            if channels % 2:
+                raise UserError(f"{channels} channels have no two halves: a flip-equivariant layer needs an even width")
         self.kernel_size = kernel_size
         self.options = {"padding": kernel_size // 2, "groups": groups}
         self.swaps_halves = in_channels != 3 and groups == 1
-        fan_in = in_channels // groups * kernel_size**2
-        # One row per stored filter, since Muon takes matrices.
-        self.weight = nn.Parameter(F.normalize(torch.randn(out_channels // 2, fan_in)))
+        filters = torch.randn(out_channels // 2, in_channels // groups, kernel_size, kernel_size)
+        self.weight = nn.Parameter(F.normalize(filters.flatten(1)).view_as(filters))
         self.gain = None if gain is None else nn.Parameter(torch.full((out_channels // 2, 1), gain))
 
     def kernel(self) -> torch.Tensor:
         """The weight (C_out, C_in / groups, kernel_size, kernel_size) of the whole layer."""
-        weight = self.weight if self.gain is None else self.gain * self.weight
-        stored = weight.unflatten(1, (-1, self.kernel_size, self.kernel_size))
+        stored = self.weight if self.gain is None else self.gain[:, :, None, None] * self.weight
         flipped = stored.flip(3)
         if self.swaps_halves:
             flipped = flipped.roll(flipped.shape[1] // 2, dims=1)
@@ -189,15 +207,16 @@ class GatedBlock(nn.Module):
 
 
 class FlipNet(nn.Module):
-    """Gated blocks in three stages; an image and its mirror image get the same log-probabilities.
+    """Gated blocks in three stages; an image and its mirror image get the same logits.
 
     Args:
         widths: channels of each stage. Its maps are 32x32, 16x16 and 8x8 for an image of 32x32.
         blocks: gated blocks of each stage.
-        dropout: probability of dropping a feature before the linear layer.
+
+    Raises UserError for an odd width.
     """
 
-    def __init__(self, widths: tuple[int, int, int], blocks: tuple[int, int, int], *, dropout: float = 0.0):
+    def __init__(self, widths: tuple[int, int, int], blocks: tuple[int, int, int]):
         super().__init__()
         layers = []
         for before, width, n in zip((3, *widths[:-1]), widths, blocks, strict=True):
@@ -207,17 +226,16 @@ class FlipNet(nn.Module):
                 layers += [FlipConv2d(before, width, 1 if layers else 3), FlipBatchNorm2d(width), nn.SiLU()]
             layers += [GatedBlock(width) for _ in range(n)]
         self.features = nn.Sequential(*layers, FlipBatchNorm2d(width), nn.SiLU())
-        self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width // 2, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.features(images).mean(dim=(2, 3), dtype=torch.float32)  # (N, width)
         a, b = features.chunk(2, dim=1)
-        pooled = self.dropout(a + b)  # group pooling: a flip only swaps a and b
-        return F.log_softmax(self.classifier(pooled).float(), dim=1)
+        return self.classifier(a + b)  # group pooling: a flip only swaps a and b
 
 
 NETWORKS = {
+    "plain": PlainCNN,
     "report": ReportNet,
     # 47,866 parameters, 14.6 million multiply-adds: for speed
     "gated": functools.partial(FlipNet, (32, 64, 64), (0, 3, 4)),
@@ -235,15 +253,29 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def build_network(name: str, **options) -> nn.Module:
-    """A freshly initialised network of NETWORKS. Raises ModelError for an unknown name, or for too many parameters."""
+def build_network(name: str) -> nn.Module:
+    """A freshly initialised network of NETWORKS. Raises UserError for an unknown name, and for a network that fails,
+    returns anything but logits (N, 10), or has too many parameters."""
     if name not in NETWORKS:
-        raise ModelError(f"there is no network {name!r:.60}: choose one of {', '.join(NETWORKS)}")
-    network = NETWORKS[name](**options)
+        raise UserError(f"there is no network {name!r:.60}: choose one of {', '.join(NETWORKS)}")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    try:
+        network = NETWORKS[name]()
+        with torch.no_grad():
+            logits = network.eval()(images)  # lazy layers get their parameters here
+    except UserError:
+        raise
+    except Exception as error:  # whatever its code raises
+        raise UserError(f"network {name!r} fails ({type(error).__name__}: {error}): mend it in model.py") from error
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (2, 10):
+        raise UserError(f"network {name!r} maps two images to {shape}: it must return logits of shape (2, 10)")
+    if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(2)):
+        raise UserError(f"network {name!r} returns probabilities: leave out its softmax, since logits are expected")
     n = count_parameters(network)
     if n > PARAMETER_LIMIT:
-        raise ModelError(f"{name!r} has {n:,} parameters, over the limit of {PARAMETER_LIMIT:,}: make a layer narrower")
-    return network
+        raise UserError(f"{name!r} has {n:,} parameters, over the limit of {PARAMETER_LIMIT:,}: make a layer narrower")
+    return network.train()
 
 
 def export(network: nn.Module) -> nn.Module:
@@ -254,9 +286,9 @@ def export(network: nn.Module) -> nn.Module:
         for name, layer in parent.named_children():
             if isinstance(layer, (FlipConv2d, FlipBatchNorm2d)):
                 setattr(parent, name, layer.export())
-        if isinstance(parent, nn.Sequential):
+        if type(parent) is nn.Sequential:  # a subclass may apply its layers in another order
             for i, (layer, following) in enumerate(itertools.pairwise(parent)):
-                if type(layer) is nn.Conv2d and isinstance(following, nn.BatchNorm2d):
+                if type(layer) is nn.Conv2d and type(following) is nn.BatchNorm2d and following.track_running_stats:
                     parent[i], parent[i + 1] = fuse_conv_bn_eval(layer, following), nn.Identity()
     return exported
 
@@ -292,12 +324,12 @@ def save_archive(path: str | os.PathLike, contents: dict) -> None:
 def load_archive(path: str | os.PathLike, names: set[str], remedy: str) -> dict:
     """Read what `save_archive` wrote. Checksums are verified, and no code in the file is run.
 
-    Raises ModelError, its message ending with `remedy`, if the file is missing or damaged, or if it holds anything
+    Raises UserError, its message ending with `remedy`, if the file is missing or damaged, or if it holds anything
     but tensors and plain values under these names.
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelError(f"there is no file {path}: {remedy}")
+        raise UserError(f"there is no file {path}: {remedy}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum, and no size
             members = archive.infolist()
@@ -307,12 +339,12 @@ def load_archive(path: str | os.PathLike, names: set[str], remedy: str) -> dict:
                 raise ValueError("a checksum does not match, or a tensor is marked as a folder")
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ModelError(f"{path} is refused, since loading it could run code: {remedy}") from error
+        raise UserError(f"{path} is refused, since loading it could run code: {remedy}") from error
     except Exception as error:  # damaged bytes make zipfile, zlib and torch fail in many ways
         reason = str(error).partition("\n")[0][:200]
-        raise ModelError(f"{path} is damaged or of another format ({reason!r}): {remedy}") from error
+        raise UserError(f"{path} is damaged or of another format ({reason!r}): {remedy}") from error
     if not isinstance(contents, dict) or contents.keys() != names:
-        raise ModelError(f"{path} is not a file of this train.py: {remedy}")
+        raise UserError(f"{path} is not a file of this train.py: {remedy}")
     return contents
 
 
@@ -325,7 +357,7 @@ def save_weights(path: str | os.PathLike, network: nn.Module, metadata: dict) ->
 def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     """The network that `save_weights` wrote, on the CPU and in evaluation mode, and its metadata.
 
-    Raises ModelError if the file is missing or damaged, or does not fit a network of this model.py.
+    Raises UserError if the file is missing or damaged, or does not fit a network of this model.py.
     """
     remedy = "name a file that train.py wrote, or train one with: python train.py --out FILE"
     contents = load_archive(path, {"metadata", "state"}, remedy)
@@ -333,12 +365,16 @@ def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     if not (isinstance(metadata, dict) and metadata.keys() == METADATA.keys()
             and all(type(metadata[name]) is kind for name, kind in METADATA.items())
             and metadata["recipe"].isprintable() and len(metadata["recipe"]) < 100 and 0 <= metadata["seed"] < 2**31):
-        raise ModelError(f"{path} does not say what it holds: {remedy}")
+        raise UserError(f"{path} does not say what it holds: {remedy}")
     network = build_network(metadata["network"])
     try:
-        network.load_state_dict(contents["state"])
+        state, shapes = contents["state"], {name: tensor.shape for name, tensor in network.state_dict().items()}
+        for name in state.keys() & shapes.keys():
+            if state[name].ndim == 2 and len(shapes[name]) == 4:  # earlier versions kept a convolution as a matrix
+                state[name] = state[name].view(shapes[name])
+        network.load_state_dict(state)
     except Exception as error:  # other names or shapes, or no tensors at all
-        raise ModelError(f"the tensors in {path} do not fit the network {metadata['network']!r} of this model.py: "
+        raise UserError(f"the tensors in {path} do not fit the network {metadata['network']!r} of this model.py: "
                          "train again, or use the model.py they were trained with") from error
     return network.eval(), metadata
 
@@ -346,34 +382,6 @@ def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
 def describe_training(metadata: dict) -> str:
     """For example "network gated32, recipe best, 40 epochs, seed 0"."""
     return "network {network}, recipe {recipe}, {epochs:g} epochs, seed {seed}".format(**metadata)
-
-
-# --- the machine ------------------------------------------------------------------------------------
-
-def pick_device(name: str) -> torch.device:
-    """The device named cpu, cuda or mps, or the fastest one available for auto. ModelError if there is none."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, is_available in available.items() if is_available)
-    elif not available[name]:
-        raise ModelError(f"PyTorch finds no {name} device on this machine: leave out --device")
-    return torch.device(name)
-
-
-def reuse_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensor, rather than have the kernel clear new pages for it."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
-        libc.mallopt(-3, 2**30)      # M_MMAP_THRESHOLD, bytes
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16; emulated, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # PyTorch 2.9 has no get_capabilities, so float32 is used with it
-    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -3,156 +3,167 @@
     python train.py                               recipe "fast": minutes on two CPU cores -> weights.pkl
     python train.py --out runs/mine.pkl           the same, and weights.pkl stays as it is
     python train.py --epochs 1                    less time, or more: the learning rate schedule stretches
-    python train.py --recipe quick                about 80 % in two minutes
+    python train.py --network plain               another network of model.py, or your own
+    python train.py --recipe quick                about 80 % in a minute or two
     python train.py --recipe report               the report's network and settings
-    python train.py --recipe best                 a night, for accuracy
+    python train.py --recipe best                 hours, for accuracy
     python train.py --recipe best --teachers A B  distillation from the networks saved in A and B
     python train.py --validate                    hold out 5,000 training images and measure on them
     python train.py --resume                      continue an interrupted run
 
-A run leaves metrics.csv, accuracy.png, loss.png, result.json and checkpoint.pt in its directory.
+A run leaves weights.pkl, metrics.csv, accuracy.png, loss.png, result.json and checkpoint.pt in its directory.
 """
 
 import argparse
-import csv
+import copy
 import dataclasses
+import glob
+import io
 import json
 import math
-import os
-import platform
 import sys
 import time
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout  # a dependency of torch
+from filelock import Timeout
 from torch import nn
 
 import model
-from data import DEFAULT_DATA_DIR, DataError, Split, TrainLoader, load_training_data, progressive_resize
-from eval import evaluate, infer
-
-
-class TrainingError(Exception):
-    """A run that cannot start or continue; the message says what to do."""
-
+from data import (
+    DEFAULT_DATA_DIR, Split, TrainLoader, UserError, hold_lock, image_size, load_training_data, normalize, one_line,
+    resize)
+from eval import (
+    accuracy_and_loss, check_writable, describe_machine, evaluate, has_bf16, infer, path_option, pick_device, run_script, say)
 
 # --- recipes --------------------------------------------------------------------------------------
 
+OPTIMIZERS = ("sgd", "adamw", "muon")
+RULES = {
+    "a network of model.py": lambda value: value in model.NETWORKS,
+    f"one of {', '.join(OPTIMIZERS)}": lambda value: value in OPTIMIZERS,
+    "above 0": lambda value: 0 < value < math.inf,
+    "0 or more": lambda value: 0 <= value < math.inf,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+    "from 0 to 32": lambda value: 0 <= value <= 32,
+    "true or false": lambda value: value in (True, False),
+}
+
+
+def setting(rule: str, help: str, default=dataclasses.MISSING):
+    return dataclasses.field(default=default, metadata={"rule": rule, "help": help})
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The settings of a run, except its seed and its teachers. Raises TrainingError for a bad value."""
+    """The settings of a run, except its seed and its teachers. Raises UserError for a bad value."""
 
-    network: str                        # a key of model.NETWORKS
+    network: str = setting("a network of model.py", "a name in model.NETWORKS")
     # optimisation
-    epochs: float                       # passes through the training set, augmented or not; the last may be partial
-    batch_size: int
-    optimizer: str                      # one of OPTIMIZERS
-    lr: float                           # peak learning rate; with muon, of the convolutions' weights (of the rest: 0.1)
-    weight_decay: float                 # 0 with muon, since filters have norm 1
-    warmup_fraction: float              # share of the steps in which the learning rate rises
+    epochs: float = setting("above 0", "passes through the augmented training set; the last may be partial")
+    batch_size: int = setting("above 0", "samples per step")
+    optimizer: str = setting(f"one of {', '.join(OPTIMIZERS)}", "sgd, adamw, or muon for the convolutions with sgd")
+    lr: float = setting("above 0", "peak learning rate; with muon, of the convolutions (of the rest: 0.1)")
+    weight_decay: float = setting("0 or more", "of sgd and adamw; 0 with muon")
+    warmup_fraction: float = setting("at least 0 and below 1", "share of the steps in which the learning rate rises")
     # regularisation
-    dropout: float = 0.0                # of the features before the linear layer
-    label_smoothing: float = 0.0        # Szegedy et al. 2016, arXiv 1512.00567; unused with teachers
-    temperature: float = 1.0            # calibration: divides the final logits; --validate prints the best value
+    label_smoothing: float = setting("at least 0 and below 1", "arXiv 1512.00567; unused with teachers", 0.0)
     # augmentation: see data.TrainLoader
-    random_forms: bool = True
-    resample: bool = False
-    autoaugment_group_size: int = 1
-    autoaugment_flipped: bool = False
-    crop_padding: int = 0
+    random_versions: bool = setting("true or false", "add two random versions of each image", True)
+    resample: bool = setting("true or false", "draw the random versions anew in each epoch, not once", False)
+    autoaugment_group_size: int = setting("above 0", "images that share a draw of AutoAugment, for speed", 1)
+    autoaugment_flipped: bool = setting("true or false", "AutoAugment for the flipped version too", False)
+    crop_padding: int = setting("from 0 to 32", "pixels of padding for a random crop of each sample", 0)
     # speed
-    low_resolution_share: float = 0.0   # share of the steps on small images
-    amp_bf16: bool = False              # bfloat16 autocast, where the hardware computes in bfloat16
+    low_resolution_share: float = setting("at least 0 and below 1", "share of the steps on small images", 0.0)
+    amp_bf16: bool = setting("true or false", "bfloat16 autocast, where the hardware computes in bfloat16", True)
 
     def __post_init__(self):
-        rules = [
-            ("network", self.network in model.NETWORKS, f"one of {', '.join(model.NETWORKS)}"),
-            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("weight_decay", self.weight_decay == 0 or self.optimizer != "muon", "0 with muon"),
-            ("crop_padding", 0 <= self.crop_padding <= 32, "from 0 to 32"),
-        ]
-        for name in ("epochs", "batch_size", "lr", "temperature", "autoaugment_group_size"):
-            rules.append((name, 0 < getattr(self, name) < math.inf, "above 0"))
-        for name in ("warmup_fraction", "dropout", "label_smoothing", "low_resolution_share"):
-            rules.append((name, 0 <= getattr(self, name) < 1, "at least 0 and below 1"))
-        for name, is_met, rule in rules:
-            if not is_met:
-                raise TrainingError(f"{name} is {getattr(self, name)!r}: it must be {rule}")
+        for field in dataclasses.fields(self):
+            value, rule = getattr(self, field.name), field.metadata["rule"]
+            if not RULES[rule](value):
+                raise UserError(f"{field.name} is {value!r}: it must be {rule}")
+        if self.weight_decay and self.optimizer == "muon":
+            raise UserError(f"weight_decay is {self.weight_decay}: it must be 0 with muon")
 
-
-OPTIMIZERS = ("sgd", "adamw", "muon")
 
 RECIPES = {
-    # epochs, batch size, learning rate and dropout are the report's; it names no optimizer and no schedule
+    # epochs, batch size, learning rate and network are the report's; it names no optimizer and no schedule
     "report": Recipe(
-        network="report", epochs=20, batch_size=250, optimizer="adamw", lr=0.03, weight_decay=0.0,
-        warmup_fraction=0.1, dropout=0.2, amp_bf16=True),
+        network="report", epochs=20, batch_size=250, optimizer="adamw", lr=0.03, weight_decay=0.0, warmup_fraction=0.1),
     # high accuracy in minutes; docs/notes.md tells how the values were chosen
     "fast": Recipe(
-        network="gated", epochs=2, batch_size=128, optimizer="muon", lr=0.03, weight_decay=0.0,
-        warmup_fraction=0.15, label_smoothing=0.1, resample=True, autoaugment_group_size=16, crop_padding=2,
-        low_resolution_share=0.3, amp_bf16=True),
+        network="gated", epochs=2, batch_size=128, optimizer="muon", lr=0.03, weight_decay=0.0, warmup_fraction=0.15,
+        label_smoothing=0.1, resample=True, autoaugment_group_size=16, crop_padding=2, low_resolution_share=0.3),
 }
-RECIPES["quick"] = dataclasses.replace(  # about 80 % in two minutes; so short a run memorises little
-    RECIPES["fast"], epochs=1, batch_size=64, lr=0.05, warmup_fraction=0.3, random_forms=False, crop_padding=0)
+RECIPES["quick"] = dataclasses.replace(  # about 80 % as soon as possible; so short a run memorises little
+    RECIPES["fast"], epochs=1, batch_size=64, lr=0.05, warmup_fraction=0.3, random_versions=False, crop_padding=0)
 RECIPES["best"] = dataclasses.replace(  # for long runs, with or without teachers
     RECIPES["fast"], network="gated32", epochs=40, autoaugment_flipped=True, crop_padding=4)
 
 
 # --- optimisation ---------------------------------------------------------------------------------
 
-class BatchedMuon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for filters of norm 1.
+def orthogonalize(updates: torch.Tensor, steps: int = 3) -> torch.Tensor:
+    """Replace the singular values of each matrix by about 1: (K, rows, columns) -> the same.
 
-    Muon orthogonalises the update of a weight matrix, so that all its directions are learned at one rate. After each
-    step every row, which is a filter, is rescaled to a norm of 1 (Karras et al. 2024, arXiv 2312.02696). So the
-    learning rate is the relative size of an update, no filter grows or dies, and no weight decay is needed. All
-    matrices of the same shape are orthogonalised together, for speed.
+    Newton-Schulz iteration in bfloat16, with the coefficients of Jordan et al. 2024
+    (kellerjordan.github.io/posts/muon). Three steps, rather than their five, are close enough to 1 here.
     """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = updates.shape[1] > updates.shape[2]
+    x = updates.mT.bfloat16() if is_tall else updates.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if is_tall else x).to(updates.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then an orthogonalised update for the weight of each layer, flattened to a matrix (rows are filters).
+
+    So all directions of a matrix are learned at one rate. In a group with `unit_filters`, each filter is rescaled to
+    norm 1 after the step (Karras et al. 2024, arXiv 2312.02696): the learning rate is the relative size of an update,
+    no filter grows or dies, and no weight decay is needed.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.9):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            momentum, (a, b, c) = group["momentum"], group["ns_coefficients"]
-            by_shape = {}
-            for parameter in group["params"]:
-                by_shape.setdefault(parameter.shape, []).append(parameter)
-            for (rows, columns), parameters in by_shape.items():
-                updates = []
-                for parameter in parameters:
-                    buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-                    buffer.lerp_(parameter.grad, 1 - momentum)
-                    updates.append(parameter.grad.lerp(buffer, momentum))
-                x = torch.stack(updates).bfloat16()
-                x = x.mT if rows > columns else x
-                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-                for _ in range(group["ns_steps"]):  # Newton-Schulz iteration
-                    gram = x @ x.mT
-                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-                x = x.mT if rows > columns else x
-                for parameter, update in zip(parameters, x, strict=True):
-                    parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
-                    parameter.copy_(F.normalize(parameter))
+            by_shape = {}  # equal shapes are orthogonalised together, for speed
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_shape.setdefault(weight.flatten(1).shape, []).append(weight)
+            for (rows, columns), weights in by_shape.items():
+                updates = torch.stack([self.nesterov_update(weight, group["momentum"]).flatten(1) for weight in weights])
+                step_size = group["lr"] * max(1, rows / columns) ** 0.5
+                for weight, update in zip(weights, orthogonalize(updates), strict=True):
+                    weight.sub_(update.view_as(weight), alpha=step_size)
+                    weight.copy_(F.normalize(weight.flatten(1)).view_as(weight))
+
+    def nesterov_update(self, weight: nn.Parameter, momentum: float) -> torch.Tensor:
+        buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+        buffer.lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(buffer, momentum)
 
 
 def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """SGD, AdamW, or Muon for the flip-equivariant convolutions with SGD for all other parameters."""
+    """SGD, AdamW, or Muon for the weights of the convolutions with SGD for all other parameters."""
     sgd = {"momentum": 0.9, "nesterov": True}
     if recipe.optimizer == "sgd":
         return [torch.optim.SGD(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **sgd)]
     if recipe.optimizer == "adamw":
         return [torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)]
-    matrices = [module.weight for module in network.modules() if isinstance(module, model.FlipConv2d)]
-    others = [p for p in network.parameters() if all(p is not matrix for matrix in matrices)]
-    if not matrices:
-        raise TrainingError(f"optimizer is 'muon': it needs a flip-equivariant network, not {recipe.network!r}")
-    return [  # three iterations of the orthogonalisation, not five: an approximation is enough
-        BatchedMuon(matrices, recipe.lr, weight_decay=0.0, momentum=0.9, ns_steps=3),
-        torch.optim.SGD(others, 0.1, **sgd)]
+    weights = [getattr(module, "weight", None) for module in network.modules()]
+    kernels = {weight for weight in weights if isinstance(weight, nn.Parameter) and weight.ndim == 4}
+    others = [parameter for parameter in network.parameters() if parameter not in kernels]
+    return [Muon([p for p in network.parameters() if p in kernels], recipe.lr), torch.optim.SGD(others, 0.1, **sgd)]
 
 
 def lr_factor(progress: float, warmup_fraction: float) -> float:
@@ -163,39 +174,250 @@ def lr_factor(progress: float, warmup_fraction: float) -> float:
     return (1 + math.cos(math.pi * (progress - warmup_fraction) / (1 - warmup_fraction))) / 2
 
 
+# --- training -------------------------------------------------------------------------------------
+
+def batch_losses(
+    network: nn.Module, teacher: nn.Module | None, images: torch.Tensor, labels: torch.Tensor, size: int,
+    recipe: Recipe,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a batch, and its summed cross-entropy without label smoothing, for the log.
+
+    The probabilities of a teacher, if there is one, replace the labels (Hinton et al. 2015, arXiv 1503.02531). The
+    teacher sees images of 32x32, the network images of `size`.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
+        logits = network(resize(images, size)).float()
+        with torch.no_grad():
+            targets = teacher(images).float().softmax(dim=1) if teacher else labels
+    loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+    return loss, F.cross_entropy(logits.detach(), targets, reduction="sum")
+
+
 def train_one_epoch(
     network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, optimizers: list[torch.optim.Optimizer],
-    recipe: Recipe, steps: range, total_steps: int,
+    recipe: Recipe, steps: range, total_steps: int, after_step: Callable[[int], None] = lambda step: None,
 ) -> float:
     """One pass through `loader`, or a part of it: `steps` are its step numbers, out of the run's `total_steps`.
 
-    The probabilities of `teachers`, if there are any, replace the labels (Hinton et al. 2015, arXiv 1503.02531). The
-    teachers take turns, one a batch: cheaper than their mean, which is the expected target. Returns the mean
+    The teachers take turns, one a batch: cheaper than their mean, which is the expected target. Returns the mean
     cross-entropy with the targets of the training, without label smoothing.
     """
-    device = next(network.parameters()).device
-    loss_sum = torch.zeros((), device=device)  # summed on the device: reading a number stalls a GPU
-    samples = 0
+    losses, samples = [], 0  # tensors: reading a number stalls a GPU
     network.train()
     for step, (images, labels) in zip(steps, loader, strict=False):  # the last epoch may be partial
         progress = (step + 0.5) / total_steps  # half a step in: the learning rate is never zero
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress, recipe.warmup_fraction)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp_bf16):
-            with torch.no_grad():
-                targets = teachers[step % len(teachers)](images).float().exp() if teachers else labels
-            log_probabilities = network(progressive_resize(images, progress, recipe.low_resolution_share))
-            loss = F.cross_entropy(log_probabilities, targets, label_smoothing=recipe.label_smoothing)
-            loss_sum += F.cross_entropy(log_probabilities.detach(), targets, reduction="sum")
+        teacher = teachers[step % len(teachers)] if teachers else None
+        size = image_size(progress, recipe.low_resolution_share)
+        loss, summed = batch_losses(network, teacher, images, labels, size, recipe)
         network.zero_grad()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
+        losses.append(summed)
         samples += len(labels)
-        if sys.stdout.isatty() and step % 10 == 0:
-            print(f"\r      step {step - steps[0]} of {len(steps)}\r", end="", flush=True)
-    return loss_sum.item() / samples
+        after_step(step)
+    return torch.stack(losses).sum().item() / samples
 
+
+def rehearse(
+    network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, recipe: Recipe,
+) -> dict[int, float]:
+    """The seconds of a training step for each image size that the network takes, tried on a copy of it.
+
+    So a network that fails does so before the first step. Raises UserError for one that fails at 32x32.
+    """
+    network, teacher, seconds = copy.deepcopy(network).train(), teachers[0] if teachers else None, {}
+    images, labels = normalize(loader.images[: recipe.batch_size]), loader.labels[: recipe.batch_size]
+    for size in (32, 24, 16) if recipe.low_resolution_share else (32,):
+        try:
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                loss, _ = batch_losses(network, teacher, images, labels, size, recipe)
+                loss.backward()
+                loss.item()  # waits for a GPU
+                times.append(time.perf_counter() - start)
+            infer(network, loader.images[:2])
+        except Exception as error:  # whatever the code of the network raises
+            if size < 32:
+                break
+            raise UserError(f"network {recipe.network!r} cannot be trained ({one_line(error)}): mend it") from error
+        seconds[size] = min(times)
+    return seconds
+
+
+class Progress:
+    """Shows how far a run is, and how long it will take: on a terminal in place, in a log file now and then.
+
+    Args:
+        costs: the seconds of each step of the run, as rehearsed. Only their ratios count: a step takes as long,
+            in proportion, as the steps so far.
+        steps_per_epoch: steps of a whole epoch.
+    """
+
+    def __init__(self, costs: list[float], steps_per_epoch: int):
+        self.costs, self.steps_per_epoch = costs, steps_per_epoch
+        self.seconds = self.cost = 0.0  # of the steps of this sitting
+        self.rest, self.epochs = 0.0, 0  # seconds for augmentation and evaluation, in so many epochs
+        self.last = self.shown = time.perf_counter()
+        self.interval = 60  # seconds between two lines in a log file: the first soon, the others rarer
+
+    def left(self, step: int) -> str:
+        """The time left before step number `step`, as h:mm:ss."""
+        seconds = sum(self.costs[step:]) * self.seconds / self.cost if self.cost else 0.0
+        epochs = math.ceil((len(self.costs) - step) / self.steps_per_epoch)
+        minutes, seconds = divmod(round(seconds + epochs * self.rest / max(1, self.epochs)), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+    def after_step(self, step: int) -> None:
+        now, at = time.perf_counter(), step % self.steps_per_epoch
+        if at == 0:  # the first batch waits for the augmentation
+            self.rest += now - self.last
+        else:
+            self.seconds, self.cost = self.seconds + now - self.last, self.cost + self.costs[step]
+        self.last = now
+        is_terminal = sys.stdout.isatty()
+        if at % 10 == 9 if is_terminal else now - self.shown > self.interval:
+            line = f"      step {at + 1} of {self.steps_per_epoch}, {self.left(step + 1)} left"
+            say(f"\r{line}\r" if is_terminal else line, end="" if is_terminal else "\n")
+            self.shown, self.interval = now, 600
+
+    def after_epoch(self) -> None:
+        now = time.perf_counter()
+        self.rest, self.epochs = self.rest + now - self.last, self.epochs + 1
+        self.last = self.shown = now
+
+
+# --- what a run leaves behind ---------------------------------------------------------------------
+
+TRAIN_SAMPLE = 5_000  # training images, not augmented, that the network is measured on after each epoch
+CHECKPOINT = {"settings", "history", "sittings", "network", "optimizers"}
+
+
+def draw_graph(history: list[dict], quantity: str, title: str) -> bytes:
+    """The accuracy or the loss per epoch, of training images and of those held out or the test set, as a PNG file."""
+    from matplotlib.figure import Figure  # slow to import, and needed only here
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    labels = {"train": f"{TRAIN_SAMPLE:,} training images", "val": "held-out images", "test": "test set"}
+    for prefix, label in labels.items():
+        if any(f"{prefix}_{quantity}" in row for row in history):
+            axes.plot([row["epoch"] for row in history], [row[f"{prefix}_{quantity}"] for row in history], ".-",
+                      label=label)
+            axes.legend()
+    axes.set(xlabel="epoch (values at its end)", title=title,
+             ylabel="accuracy (%)" if quantity == "accuracy" else "loss (cross-entropy)")
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+    figure.savefig(file := io.BytesIO(), dpi=120)
+    return file.getvalue()
+
+
+def check_free(directory: Path) -> None:
+    """Raise UserError if the directory holds a run, or files that are not a run's."""
+    names = {path.name for path in directory.iterdir() if path.suffix != ".part"} - {"lock"}
+    if "result.json" in names:
+        raise UserError(f"{directory} holds a finished run: replace it with --overwrite, or name another "
+                        "directory with --run-dir")
+    if "checkpoint.pt" in names:
+        saved = model.load_archive(directory / "checkpoint.pt", CHECKPOINT, "replace it with --overwrite")
+        raise UserError(
+            f"{directory} holds an unfinished run, {saved['history'][-1]['epoch']:g} of "
+            f"{saved['settings']['epochs']:g} epochs done: continue it with --resume, or replace it with --overwrite")
+    if names:
+        raise UserError(f"{directory} holds other files ({', '.join(sorted(names)[:3])}): name another directory "
+                        "with --run-dir, or write there with --overwrite")
+
+
+def what_is_safe(directory: Path) -> str:
+    """What to do after an interruption, and what of the run is kept."""
+    path = directory / "checkpoint.pt"
+    if not path.exists():
+        return "no epoch is finished, so nothing is kept; give the same command again"
+    epoch = model.load_archive(path, CHECKPOINT, "start again with --overwrite")["history"][-1]["epoch"]
+    return f"the run is safe up to epoch {epoch:g}; continue it with the same command and --resume"
+
+
+class Run:
+    """The directory of a run: its log, graphs and checkpoint, which grow with each epoch, then its weights.
+
+    Attributes:
+        settings: all that decides the result; a run is resumed with the same settings only.
+        history: a row of numbers for each epoch.
+        sittings: the machine and the seconds of each stretch of the run, since it may be interrupted and moved.
+    """
+
+    def __init__(self, directory: Path, settings: dict, machine: dict):
+        self.directory, self.settings, self.history = directory, settings, []
+        self.sittings, self.start, self.can_draw = [machine | {"epochs": 0, "seconds": 0.0}], time.perf_counter(), True
+        self.draw()  # what fails is said before the first step
+
+    def restore(self, network: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Go on where the run in the directory stopped. Raises UserError if there is none, or one of other settings."""
+        path = self.directory / "checkpoint.pt"
+        if not path.exists():
+            raise UserError(f"{self.directory} holds no finished epoch to continue from: leave out --resume")
+        checkpoint = model.load_archive(path, CHECKPOINT, "start again with --overwrite")
+        saved = checkpoint["settings"]
+        changes = [f"{name} was {saved.get(name)}, is {self.settings.get(name)}"
+                   for name in sorted(self.settings | saved) if saved.get(name) != self.settings.get(name)]
+        if changes:
+            raise UserError(
+                f"{self.directory} holds another run ({', '.join(changes)}): give its options, or another --run-dir")
+        network.load_state_dict(checkpoint["network"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.history, self.sittings = checkpoint["history"], checkpoint["sittings"] + self.sittings
+
+    def save_epoch(self, row: dict, network: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        if not self.history:  # now there is something to put in the place of an older run
+            for name in ("result.json", "weights.pkl"):
+                (self.directory / name).unlink(missing_ok=True)
+        self.history.append(row)
+        self.sittings[-1] |= {"epochs": self.sittings[-1]["epochs"] + 1, "seconds": time.perf_counter() - self.start}
+        lines = [row, *[row.values() for row in self.history]]
+        model.atomic_write(
+            self.directory / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+        model.save_archive(self.directory / "checkpoint.pt", {
+            "settings": self.settings, "history": self.history, "sittings": self.sittings,
+            "network": network.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw accuracy.png and loss.png; before the first epoch, only try to."""
+        try:
+            for quantity in ("accuracy", "loss") if self.can_draw else ():
+                graph = draw_graph(self.history, quantity, f"CIFAR-10: {self.directory.resolve().name}")
+                if self.history:
+                    model.atomic_write(self.directory / f"{quantity}.png", graph)
+        except Exception as error:  # no reason to lose a run
+            self.can_draw = False
+            say(f"no graphs are drawn ({one_line(error)}): the run goes on without them")
+
+    def finish(self, network: nn.Module, metadata: dict, result: dict, out: Path | None) -> str:
+        """Write weights.pkl, here and at `out`, and result.json. Returns the names of the weights files."""
+        paths = dict.fromkeys([self.directory / "weights.pkl", *([out] if out else [])])
+        for path in paths:
+            model.save_weights(path, network, metadata)
+        self.sittings[-1]["seconds"] = time.perf_counter() - self.start
+        result = self.settings | result | {"seconds": self.seconds(), "sittings": self.sittings}
+        model.atomic_write(self.directory / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        return " and ".join(map(str, paths))
+
+    def seconds(self) -> float:
+        return sum(sitting["seconds"] for sitting in self.sittings)
+
+
+def table_line(row: dict, left: str = "") -> str:
+    prefix = "val" if "val_loss" in row else "test"
+    return (f"{row['epoch']:5g}  {row['train_loss']:10.4f}  {row['train_accuracy']:8.2f}%  {row[prefix + '_loss']:9.4f}"
+            f"  {row[prefix + '_accuracy']:7.2f}%  {row['lr']:8.5f}  {row['seconds']:7.1f}  {left:>9}").rstrip()
+
+
+# --- calibration ----------------------------------------------------------------------------------
 
 def fit_temperature(log_probabilities: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature, from 0.5 to 2, with the least loss (temperature scaling: Guo et al. 2017, arXiv 1706.04599)."""
@@ -203,236 +425,185 @@ def fit_temperature(log_probabilities: torch.Tensor, labels: torch.Tensor) -> fl
     return min(temperatures, key=lambda t: F.cross_entropy(log_probabilities / t, labels).item())
 
 
-# --- what a run prints and leaves behind ----------------------------------------------------------
-
-def table_line(row: dict, epochs: float) -> str:
-    epoch, train_loss, train_accuracy, loss, accuracy, _, lr, seconds = row.values()
-    left = round(seconds * (epochs - epoch))
-    return (f"{epoch:5g}  {train_loss:10.4f}  {train_accuracy:8.2f}%  {loss:9.4f}  {accuracy:7.2f}%  {lr:8.5f}"
-            f"  {seconds:7.1f}  {left // 3600:3}:{left // 60 % 60:02}:{left % 60:02}")
-
-
-def plot_history(run_dir: Path) -> None:
-    """Draw accuracy.png and loss.png in `run_dir` from its metrics.csv."""
-    from matplotlib.figure import Figure  # slow to import, and needed only here
-
-    path = run_dir / "metrics.csv"
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        prefix, label = ("val", "held-out images") if "val_loss" in rows[0] else ("test", "test set")
-        names = ("epoch", "train_accuracy", f"{prefix}_accuracy", "train_loss", f"{prefix}_loss")
-        columns = {name: [float(row[name]) for row in rows] for name in names}
-    except (OSError, LookupError, ValueError, TypeError) as error:
-        raise TrainingError(f"{path} is not the log of a run ({error}): name another --run-dir") from error
-    for name, ylabel in (("accuracy", "accuracy (%)"), ("loss", "loss (negative log-likelihood)")):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(columns["epoch"], columns[f"train_{name}"], ".-", label=f"{TRAIN_SAMPLE:,} training images")
-        axes.plot(columns["epoch"], columns[f"{prefix}_{name}"], ".-", label=label)
-        axes.set(xlabel="epoch (values at its end)", ylabel=ylabel, title=f"CIFAR-10: {run_dir.resolve().name}")
-        axes.locator_params(axis="x", integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(run_dir / f"{name}.png", dpi=120)
+def divide_logits(network: nn.Module, temperature: float) -> None:
+    """Divide the logits of `network` by a number, in the weights of its last layer. UserError if that is not linear."""
+    images = torch.randn(2, 3, 32, 32, device=next(network.parameters()).device)
+    network.eval()
+    with torch.no_grad():
+        expected = network(images) / temperature
+        last = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+        for parameter in last.parameters():
+            parameter /= temperature
+        if not torch.allclose(network(images), expected, atol=1e-3):
+            raise UserError("--calibrate needs a network whose last layer is linear: leave it out")
 
 
 # --- the run --------------------------------------------------------------------------------------
 
-TRAIN_SAMPLE = 5_000  # training images, not augmented, that the network is measured on after each epoch
-CHECKPOINT = {"settings", "history", "seconds", "network", "optimizers"}
+
+def train(
+    run: Run, recipe: Recipe, network: nn.Module, teachers: list[nn.Module], loader: TrainLoader,
+    splits: dict[str, Split], optimizers: list[torch.optim.Optimizer], costs: list[float],
+) -> None:
+    """Train to the last epoch. `splits` are what is measured after each, under the names of the columns."""
+    steps_per_epoch, progress = len(loader), Progress(costs, len(loader))
+    for epoch in range(len(run.history), math.ceil(len(costs) / steps_per_epoch)):
+        start = time.perf_counter()
+        torch.manual_seed(10_000 * loader.seed + epoch)  # for dropout
+        loader.set_epoch(epoch)
+        steps = range(epoch * steps_per_epoch, min((epoch + 1) * steps_per_epoch, len(costs)))
+        batch_loss = train_one_epoch(
+            network, teachers, loader, optimizers, recipe, steps, len(costs), progress.after_step)
+        if not math.isfinite(batch_loss):
+            raise UserError(f"the loss is {batch_loss} in epoch {epoch + 1}: try a smaller --lr")
+        row = {"epoch": min(epoch + 1, recipe.epochs)}
+        for prefix, split in splits.items():
+            row[f"{prefix}_accuracy"], row[f"{prefix}_loss"] = evaluate(network, split)
+        row |= {"batch_loss": batch_loss, "lr": optimizers[0].param_groups[0]["lr"],
+                "seconds": time.perf_counter() - start}
+        run.save_epoch(row, network, optimizers)
+        progress.after_epoch()
+        say(table_line(row, progress.left(steps.stop)))
 
 
-def resume_or_start(
-    args: argparse.Namespace, run_dir: Path, settings: dict, network: nn.Module, optimizers: list,
-) -> tuple[list[dict], float]:
-    """Restore the run to resume, or clear the directory for a new one. Returns the history and the seconds so far.
-
-    Raises TrainingError if the checkpoint has other settings, or if a new run would replace an unfinished one.
-    """
-    path = run_dir / "checkpoint.pt"
-    if args.resume:
-        checkpoint = model.load_archive(path, CHECKPOINT, "start without --resume")
-        saved = checkpoint["settings"]
-        changes = [f"{name} was {saved.get(name)}, is {settings.get(name)}"
-                   for name in sorted((settings | saved).keys() - {"temperature"})  # which acts after the last epoch
-                   if saved.get(name) != settings.get(name)]
-        if changes:
-            raise TrainingError(
-                f"{run_dir} holds another run ({', '.join(changes)}): give its options, or another --run-dir")
-        network.load_state_dict(checkpoint["network"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        return checkpoint["history"], checkpoint["seconds"]
-    if path.exists() and not (run_dir / "result.json").exists() and not args.overwrite:
-        saved = model.load_archive(path, CHECKPOINT, "replace it with --overwrite")
-        raise TrainingError(
-            f"{run_dir} holds an unfinished run, {saved['history'][-1]['epoch']:g} of {saved['settings']['epochs']:g} "
-            "epochs done: continue it with --resume, or replace it with --overwrite")
-    for name in ("checkpoint.pt", "metrics.csv", "result.json", "accuracy.png", "loss.png"):
-        (run_dir / name).unlink(missing_ok=True)
-    return [], 0.0
+def load_teachers(paths: list[Path], validate: bool, device: torch.device) -> tuple[list[nn.Module], list[str]]:
+    """The networks in these weights files, for inference, and how each was trained."""
+    loaded = [model.load_weights(path) for path in paths]
+    for path, (_, metadata) in zip(paths, loaded, strict=True):
+        if validate and not metadata["validate"]:
+            raise UserError(f"{path} has seen the held-out images: with --validate, use teachers trained with it")
+    return ([model.export(network).to(device, memory_format=torch.channels_last) for network, _ in loaded],
+            [model.describe_training(metadata) for _, metadata in loaded])
 
 
-def train(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path) -> None:
-    """Train to the last epoch, and write the weights, the log and the graphs."""
-    start = time.perf_counter()
-    device = model.pick_device(args.device)
-    loaded = [model.load_weights(path) for path in args.teachers]
-    for path, (_, metadata) in zip(args.teachers, loaded, strict=True):
-        if args.validate and not metadata["validate"]:
-            raise TrainingError(f"{path} has seen the held-out images: with --validate, use teachers trained with it")
-    recipe = dataclasses.replace(  # the settings that take effect
-        recipe, amp_bf16=recipe.amp_bf16 and model.has_bf16(device),
-        label_smoothing=0.0 if loaded else recipe.label_smoothing)
-    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
-                "teachers": [model.describe_training(metadata) for _, metadata in loaded]}
-    teachers = [model.export(network).to(device, memory_format=torch.channels_last) for network, _ in loaded]
+def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path | None) -> None:
+    """Set up a run, train, and write its result."""
+    device = pick_device(args.device)
+    teachers, described = load_teachers(args.teachers, args.validate, device)
+    if teachers:
+        recipe = dataclasses.replace(recipe, label_smoothing=0.0)
     training, test = (split.to(device) for split in load_training_data(args.data_dir, args.validate))
-    train_sample = Split(training.images[:TRAIN_SAMPLE], training.labels[:TRAIN_SAMPLE])
-    loader = TrainLoader(
-        training, batch_size=recipe.batch_size, seed=args.seed, random_forms=recipe.random_forms,
-        resample=recipe.resample, autoaugment_group_size=recipe.autoaugment_group_size,
-        autoaugment_flipped=recipe.autoaugment_flipped, crop_padding=recipe.crop_padding)
+    loader = TrainLoader(training, recipe, args.seed)
     torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one on CUDA too
     torch.manual_seed(args.seed)
-    network = model.build_network(recipe.network, dropout=recipe.dropout).to(device)
+    network = model.build_network(recipe.network).to(device)
+    divide_logits(copy.deepcopy(network), args.calibrate)  # fails now rather than after the training
     optimizers = build_optimizers(network, recipe)
-    history, seconds = resume_or_start(args, run_dir, settings, network, optimizers)
-    start -= seconds  # those before the interruption count too
+    bf16 = recipe.amp_bf16 and has_bf16(device)
+    computed = dataclasses.replace(recipe, amp_bf16=bf16)
+    seconds = rehearse(network, teachers, loader, computed)
+    if recipe.low_resolution_share and len(seconds) < 3:
+        say(f"network {recipe.network} takes images of 32x32 only: no progressive resizing")
+        recipe, computed = (dataclasses.replace(r, low_resolution_share=0.0) for r in (recipe, computed))
+    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
+                "teachers": described}
+    run = Run(run_dir, settings, describe_machine(device) | {"bfloat16": bf16})
+    if args.resume:
+        run.restore(network, optimizers)
+    total_steps = max(1, round(recipe.epochs * len(loader)))
+    costs = [seconds[image_size((step + 0.5) / total_steps, recipe.low_resolution_share)] for step in range(total_steps)]
 
     prefix, measured = ("val", "held-out images") if args.validate else ("test", "test images")
-    parameters = model.count_parameters(network)
-    print(f"recipe {args.recipe}, seed {args.seed}: network {recipe.network}, {parameters:,} parameters")
-    augmented = f", augmented to {len(loader.images):,}" if recipe.random_forms else ""
-    print(f"{len(training.images):,} training images{augmented}; {len(test.images):,} {measured}")
-    print(f"device {device}, {torch.get_num_threads()} threads, {'bfloat16' if recipe.amp_bf16 else 'float32'}")
-    print(f"log and graphs go to {run_dir}, weights to {out}{' (replaced at the end)' if out.exists() else ''}\n")
-    print(f"epoch  train loss  train acc  {prefix:>4} loss  {prefix:>4} acc        lr  seconds  time left")
-    for row in history:
-        print(table_line(row, recipe.epochs))
-    total_steps = max(1, round(recipe.epochs * len(loader)))
-    for epoch in range(len(history), math.ceil(total_steps / len(loader))):
-        epoch_start = time.perf_counter()
-        torch.manual_seed(10_000 * args.seed + epoch)  # for dropout
-        loader.set_epoch(epoch)
-        steps = range(epoch * len(loader), min((epoch + 1) * len(loader), total_steps))
-        batch_loss = train_one_epoch(network, teachers, loader, optimizers, recipe, steps, total_steps)
-        if not math.isfinite(batch_loss):
-            raise TrainingError(f"the loss is {batch_loss} in epoch {epoch + 1}: try a smaller --lr")
-        train_accuracy, train_loss = evaluate(network, train_sample)
-        accuracy, loss = evaluate(network, test)
-        history.append({
-            "epoch": min(epoch + 1, recipe.epochs), "train_loss": train_loss, "train_accuracy": train_accuracy,
-            f"{prefix}_loss": loss, f"{prefix}_accuracy": accuracy, "batch_loss": batch_loss,
-            "lr": optimizers[0].param_groups[0]["lr"], "seconds": time.perf_counter() - epoch_start})
-        lines = [history[0].keys(), *[row.values() for row in history]]
-        model.atomic_write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-        model.save_archive(run_dir / "checkpoint.pt", {
-            "settings": settings, "history": history, "seconds": time.perf_counter() - start,
-            "network": network.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-        print(table_line(history[-1], recipe.epochs), flush=True)
+    parameters, temperature = model.count_parameters(network), args.calibrate
+    say(f"recipe {args.recipe}, seed {args.seed}: network {recipe.network}, {parameters:,} parameters")
+    augmented = f", augmented to {len(loader.images):,}" if recipe.random_versions else ""
+    say(f"{len(training.images):,} training images{augmented}; {len(test.images):,} {measured}")
+    say(f"device {device}, {torch.get_num_threads()} threads, {'bfloat16' if bf16 else 'float32'}")
+    say(f"log, graphs and weights go to {run_dir}" + (f", weights to {out} too" if out else "") + "\n")
+    say(f"epoch  train loss  train acc  {prefix:>4} loss  {prefix:>4} acc        lr  seconds  time left")
+    for row in run.history:
+        say(table_line(row))
+    train(run, computed, network, teachers, loader,
+          {"train": Split(*(tensor[:TRAIN_SAMPLE] for tensor in training)), prefix: test}, optimizers, costs)
 
-    accuracy, loss = history[-1][f"{prefix}_accuracy"], history[-1][f"{prefix}_loss"]
+    log_probabilities = infer(network, test.images)
     if args.validate:
-        print(f"\nthe loss is least with --set temperature={fit_temperature(infer(network, test.images), test.labels)}")
-    if recipe.temperature != 1:
-        for parameter in list(network.parameters())[-2:]:  # weight and bias of the linear layer that gives the logits
-            parameter.data /= recipe.temperature
-        accuracy, loss = evaluate(network, test)
-    model.save_weights(out, network, {
+        say(f"\nthe loss is least with --calibrate {fit_temperature(log_probabilities, test.labels)}")
+    divide_logits(network, temperature)
+    accuracy, loss = accuracy_and_loss(F.log_softmax(log_probabilities / temperature, dim=1), test.labels)
+    files = run.finish(network, {
         "network": recipe.network, "recipe": args.recipe, "seed": args.seed, "epochs": float(recipe.epochs),
-        "validate": args.validate, "accuracy": accuracy})
-    seconds = time.perf_counter() - start
-    result = settings | {
-        "parameters": parameters, "accuracy": accuracy, "loss": loss, "seconds": round(seconds, 1),
-        "device": str(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "torchvision", "numpy")}}
-    model.atomic_write(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    plot_history(run_dir)
-    print(f"\n{accuracy:.2f} % of the {len(test.images):,} {measured} after {recipe.epochs:g} epochs and "
-          f"{seconds / 60:.1f} minutes; the weights are in {out}")
+        "validate": args.validate, "accuracy": accuracy}, {"parameters": parameters, "calibrate": temperature,
+        "accuracy": accuracy, "loss": loss}, out)
+    say(f"\n{accuracy:.2f} % of the {len(test.images):,} {measured} after {recipe.epochs:g} epochs and "
+        f"{run.seconds() / 60:.1f} minutes; the weights are in {files}")
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-def recipe_value(text: str) -> tuple[str, object]:
-    """`NAME=VALUE` -> the name of a field of Recipe, and the value in its type, for argparse."""
-    name, _, value = text.partition("=")
-    types = {field.name: field.type for field in dataclasses.fields(Recipe)}
-    if name not in types:
-        raise argparse.ArgumentTypeError(f"a recipe has no field {name!r}, only {', '.join(types)}")
-    try:
-        return name, {"True": True, "False": False}[value] if types[name] is bool else types[name](value)
-    except (ValueError, KeyError) as error:
-        raise argparse.ArgumentTypeError(f"{name} takes {types[name].__name__} values, not {value!r}") from error
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="fast", help="the settings to start from (default: %(default)s)")
-    add("--epochs", type=float, metavar="N", help="passes through the training set, whole or partial")
-    add("--batch-size", type=int, metavar="N", help="samples per step")
-    add("--lr", type=float, metavar="X", help="peak learning rate")
-    add("--set", type=recipe_value, action="append", default=[], metavar="NAME=VALUE", help="any field of the recipe")
     add("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
-    add("--teachers", type=Path, nargs="+", default=[], metavar="FILE", help="weights of networks to distil")
+    add("--teachers", type=path_option, nargs="+", default=[], metavar="FILE", help="weights of networks to distil")
     add("--validate", action="store_true", help="hold out the last 5,000 training images and measure on them")
-    add("--out", type=Path, metavar="FILE", help="the weights (default: weights.pkl; with --validate, in --run-dir)")
-    add("--run-dir", type=Path, metavar="DIR", help="log and checkpoint (default: in runs/, named after the settings)")
+    add("--calibrate", type=float, default=1.0, metavar="T", help="divide the final logits by T, which calibrates "
+        "the probabilities; --validate prints the best T (default: 1)")
+    add("--out", type=path_option, metavar="FILE", help="the weights (default: weights.pkl; with --validate, none)")
+    add("--run-dir", type=path_option, metavar="DIR", help="of the run (default: in runs/, named after the settings)")
     add("--resume", action="store_true", help="continue the run in its directory after its last finished epoch")
-    add("--overwrite", action="store_true", help="replace an unfinished run in the directory")
-    add("--plots-only", action="store_true", help="only draw the graphs, from the run's metrics.csv")
-    add("--data-dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="the data set (default: $CIFAR10_DIR, or data)")
+    add("--overwrite", action="store_true", help="replace what is in the directory, once the first epoch is done")
+    add("--data-dir", type=path_option, default=DEFAULT_DATA_DIR, metavar="DIR",
+        help="the data set (default: $CIFAR10_DIR, or data)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
+    settings = parser.add_argument_group("settings of a recipe")
+    for field in dataclasses.fields(Recipe):
+        values = ", ".join(f"{name} {getattr(recipe, field.name)}" for name, recipe in RECIPES.items())
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": "X"}
+        settings.add_argument(f"--{field.name.replace('_', '-')}", default=None, **kind,
+                              help=f"{field.metadata['help']} ({values})")
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    given = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
-    changes = {name: value for name, value in given.items() if value is not None} | dict(args.set)
+def expand(paths: list[Path]) -> list[Path]:
+    """The files that these names and patterns stand for; not every shell expands patterns."""
+    found = []
+    for path in paths:
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
+        if not matches:
+            raise UserError(f"there is no file {path}: name weights that train.py wrote, with --teachers")
+        found += matches
+    return found
+
+
+def start_run(args: argparse.Namespace) -> int:
+    """Choose the settings and the directory, and run the training in it."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
+    changes = {name: value for name, value in given.items() if value is not None}
     recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
     if not 0 <= args.seed < 2**31:
-        raise TrainingError(f"--seed is {args.seed}: it must be from 0 to 2**31 - 1")
+        raise UserError(f"--seed is {args.seed}: it must be from 0 to 2**31 - 1")
+    if not 0 < args.calibrate < math.inf:
+        raise UserError(f"--calibrate is {args.calibrate}: it must be above 0")
+    args.teachers = expand(args.teachers)
     words = [args.recipe, f"{recipe.epochs:g}ep", f"seed{args.seed}",
              *[f"{name}={value}" for name, value in changes.items() if name != "epochs"],
-             *["_".join(path.with_suffix("").parts[-2:]) for path in args.teachers], *["validate"] * args.validate]
-    run_dir = args.run_dir or Path("runs") / "-".join(words)  # named after the settings
-    if args.plots_only:
-        plot_history(run_dir)
-        print(f"drawn: {run_dir / 'accuracy.png'}, {run_dir / 'loss.png'}")
-        return
-    out = args.out or (run_dir / "weights.pkl" if args.validate else Path("weights.pkl"))
-    for folder in (run_dir, out.parent):  # better now than after the training
-        folder.mkdir(parents=True, exist_ok=True)
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise TrainingError(f"{out} cannot be written: name another file with --out")
+             *["_".join(path.with_suffix("").parts[-2:]) for path in args.teachers]]
+    run_dir = args.run_dir or Path("runs") / "-".join(words + ["validate"] if args.validate else words)
+    out = args.out or (None if args.validate else Path("weights.pkl"))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
     try:
-        with FileLock(run_dir / "lock", timeout=0):
-            train(args, recipe, run_dir, out)
+        with hold_lock(run_dir / "lock"):
+            if not (args.resume or args.overwrite):
+                check_free(run_dir)
+            run_training(args, recipe, run_dir, out)
     except Timeout as error:
-        raise TrainingError(f"another process trains in {run_dir}: wait for it, or name another --run-dir") from error
+        raise UserError(f"another process trains in {run_dir}: wait for it, or name another --run-dir") from error
     except OSError as error:  # the disk is full, for example
-        path = run_dir / "checkpoint.pt"
-        if not path.exists():
-            raise
-        epoch = model.load_archive(path, CHECKPOINT, "start with --overwrite")["history"][-1]["epoch"]
-        raise TrainingError(f"{error}: the run is safe up to epoch {epoch:g}, continue with --resume") from error
+        raise UserError(f"{error}: {what_is_safe(run_dir)}") from error
+    except KeyboardInterrupt:
+        print(f"\nstopped: {what_is_safe(run_dir)}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    model.reuse_freed_memory()
-    try:
-        run(args)
-        return 0
-    except (TrainingError, DataError, model.ModelError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped: the same command with --resume continues after the last finished epoch", file=sys.stderr)
-        return 130
+    return run_script(lambda: start_run(args))
 
 
 if __name__ == "__main__":
