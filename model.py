@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import UserError
+from data import UserError, one_line
 
 PARAMETER_LIMIT = 50_000
 
@@ -36,7 +36,7 @@ def conv_norm_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 
 class PlainCNN(nn.Module):
-    """A plain convolutional network: 45,066 parameters, 9.7 million multiply-adds."""
+    """A plain convolutional network: 45,066 parameters, 8.1 million multiply-adds."""
 
     def __init__(self):
         super().__init__()
@@ -106,14 +106,12 @@ class FlipConv2d(nn.Module):
     Raises UserError for an odd number of channels.
     """
 
-    unit_filters = True  # Muon keeps each filter at norm 1: a batch norm follows, or the gain sets the scale
-
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, groups: int = 1,
                  gain: float | None = None):
         super().__init__()
         for channels in (out_channels, 2 if in_channels == 3 else in_channels):
             if channels % 2:
-                raise UserError(f"{channels} channels have no two halves: a flip-equivariant layer needs an even width")
+                raise UserError(f"a width of {channels} has no two halves: flip-equivariant layers need an even one")
         self.kernel_size = kernel_size
         self.options = {"padding": kernel_size // 2, "groups": groups}
         self.swaps_halves = in_channels != 3 and groups == 1
@@ -263,19 +261,30 @@ def build_network(name: str) -> nn.Module:
         network = NETWORKS[name]()
         with torch.no_grad():
             logits = network.eval()(images)  # lazy layers get their parameters here
+        shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if shape == [2, 10]:
+            copy.deepcopy(network).train()(images).sum().backward()
     except UserError:
         raise
     except Exception as error:  # whatever its code raises
-        raise UserError(f"network {name!r} fails ({type(error).__name__}: {error}): mend it in model.py") from error
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (2, 10):
-        raise UserError(f"network {name!r} maps two images to {shape}: it must return logits of shape (2, 10)")
-    if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(2)):
+        raise UserError(f"network {name!r} fails, {one_line(error)}: mend it in model.py") from error
+    if shape != [2, 10]:
+        raise UserError(f"network {name!r} maps two images to {shape}: it must return logits of shape [2, 10]")
+    if logits.min() >= 0 and torch.allclose(logits.float().sum(dim=1), torch.ones(2)):
         raise UserError(f"network {name!r} returns probabilities: leave out its softmax, since logits are expected")
     n = count_parameters(network)
     if n > PARAMETER_LIMIT:
         raise UserError(f"{name!r} has {n:,} parameters, over the limit of {PARAMETER_LIMIT:,}: make a layer narrower")
     return network.train()
+
+
+def takes_size(network: nn.Module, size: int) -> bool:
+    """Whether the network, on the CPU, takes images of this size; a linear layer over whole maps binds it to 32."""
+    try:
+        with torch.no_grad():
+            return copy.deepcopy(network).eval()(torch.zeros(2, 3, size, size)).shape == (2, 10)
+    except Exception:  # whatever its code raises
+        return False
 
 
 def export(network: nn.Module) -> nn.Module:
@@ -297,12 +306,16 @@ def export(network: nn.Module) -> nn.Module:
 
 # What a weights file says about its training, by name and type.
 METADATA = {"network": str, "recipe": str, "seed": int, "epochs": float, "validate": bool, "accuracy": float}
-ARCHIVE_LIMIT = 4_000_000  # bytes, several times the size of a checkpoint
+ARCHIVE_LIMIT = 64_000_000  # bytes, many times the size of a checkpoint
 
 
 def atomic_write(path: str | os.PathLike, contents: bytes) -> None:
-    """Write a file whole or not at all: a reader finds the old contents or the new, even after a crash."""
-    path = Path(path)
+    """Write a file whole or not at all: a reader finds the old contents or the new, even after a crash. A link stays
+    a link, and what is no plain file, such as /dev/null, is written to as it is."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(contents)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -341,10 +354,10 @@ def load_archive(path: str | os.PathLike, names: set[str], remedy: str) -> dict:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused, since loading it could run code: {remedy}") from error
     except Exception as error:  # damaged bytes make zipfile, zlib and torch fail in many ways
-        reason = str(error).partition("\n")[0][:200]
-        raise UserError(f"{path} is damaged or of another format ({reason!r}): {remedy}") from error
+        raise UserError(f"{path} is damaged or of another format ({one_line(error)!r}): {remedy}") from error
     if not isinstance(contents, dict) or contents.keys() != names:
-        raise UserError(f"{path} is not a file of this train.py: {remedy}")
+        found = ", ".join(map(str, contents))[:200] if isinstance(contents, dict) else type(contents).__name__
+        raise UserError(f"{path} holds {found!r}, not {', '.join(sorted(names))}: {remedy}")
     return contents
 
 
@@ -359,7 +372,7 @@ def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
 
     Raises UserError if the file is missing or damaged, or does not fit a network of this model.py.
     """
-    remedy = "name a file that train.py wrote, or train one with: python train.py --out FILE"
+    remedy = "name the weights.pkl of a finished run, or train one with: python train.py --out FILE"
     contents = load_archive(path, {"metadata", "state"}, remedy)
     metadata = contents["metadata"]
     if not (isinstance(metadata, dict) and metadata.keys() == METADATA.keys()
@@ -391,6 +404,8 @@ def layers(network: nn.Module) -> list[tuple[str, str, str, int, int]]:
     rows = []
 
     def add_row(name: str, layer: nn.Module, output: torch.Tensor) -> None:
+        if not isinstance(output, torch.Tensor):  # of an LSTM, say
+            output = output[0]
         fan_in = layer.weight[0].numel() if isinstance(layer, (nn.Conv2d, FlipConv2d, nn.Linear)) else 0
         shape = "x".join(map(str, output.shape[1:]))
         rows.append((name, type(layer).__name__, shape, count_parameters(layer), output.numel() * fan_in))
@@ -408,8 +423,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("network", nargs="?", choices=NETWORKS, help="one of the networks (default: all)")
     chosen = parser.parse_args(argv).network
     for name in [chosen] if chosen else NETWORKS:
-        rows = layers(build_network(name))
-        total = ("", "sum", "", sum(row[3] for row in rows), sum(row[4] for row in rows))
+        network = build_network(name)
+        rows = layers(network)
+        total = ("", "sum", "", count_parameters(network), sum(row[4] for row in rows))
         print(f"\n{name}\n\n{'layer':32}{'type':17}{'output':>9}{'parameters':>12}{'multiply-adds':>15}")
         for layer, kind, shape, parameters, multiply_adds in [*rows, total]:
             print(f"{layer:32}{kind:17}{shape:>9}{parameters:12,}{multiply_adds:15,}")

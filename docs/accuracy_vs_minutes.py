@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 DOCS = Path(__file__).resolve().parent
 COMMANDS = {  # the rows of the curve by their ids, without teachers
-    "quick": "--recipe quick", "quick-2": "--recipe quick --epochs 2", "fast": "python train.py",
-    "fast-8": "--epochs 8", "best": "--recipe best (C++ kernels, one core)",
+    "quick": "--recipe quick", "fast": "python train.py", "fast-8": "--epochs 8 (float32)",
+    "best": "--recipe best (C++ kernels, one core)",
 }
 
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 import model
+import train
 
 SMALL = {"train": 200, "test": 100}
 METADATA = {"network": "report", "recipe": "report", "seed": 0, "epochs": 20.0, "validate": False, "accuracy": 10.0}
@@ -33,6 +34,13 @@ def make_arrays(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def make_split(n: int) -> data.Split:
     images, labels = make_arrays(n, 0)
     return data.Split(torch.from_numpy(images), torch.from_numpy(labels).long())
+
+
+def make_loader(split: data.Split, seed: int = 0, **settings) -> data.TrainLoader:
+    """A loader of batches of 8, with both random versions and without crops, or with other settings of a recipe."""
+    recipe = train.Recipe(network="plain", epochs=1, optimizer="sgd", lr=0.1, weight_decay=0.0, warmup_fraction=0.0,
+                          **{"batch_size": 8} | settings)
+    return data.TrainLoader(split, recipe, seed)
 
 
 def small_arrays() -> dict[str, np.ndarray]:

@@ -2,24 +2,31 @@
 
 import hashlib
 import http.server
+import os
 import pickle
+import shutil
+import subprocess
+import sys
 import tarfile
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_arrays, make_split, small_arrays
+from conftest import ROOT, make_arrays, make_loader, make_split, small_arrays
 from torchvision import datasets
 
 import data
+import eval
 import train
-from data import DataError, Split, TrainLoader, load_cifar10, load_training_data, normalize
+from data import Split, UserError, load_split, load_training_data, normalize
 
 # --- cifar10.npz ----------------------------------------------------------------------------------
 
 def test_npz(dataset):
-    train_split, test_split = load_cifar10(dataset)
+    train_split, test_split = load_training_data(dataset)
     images, labels = make_arrays(100, 1)
     assert train_split.images.shape == (200, 32, 32, 3) and train_split.images.dtype == torch.uint8
     assert np.array_equal(test_split.images, images) and np.array_equal(test_split.labels, labels)
@@ -27,7 +34,7 @@ def test_npz(dataset):
 
 
 def test_the_last_tenth_of_the_training_set_is_held_out(dataset):
-    everything, _ = load_cifar10(dataset)
+    everything = load_split(dataset, "train")
     kept, held_out = load_training_data(dataset, validate=True)
     assert torch.equal(torch.cat([kept.images, held_out.images]), everything.images)
     assert torch.equal(torch.cat([kept.labels, held_out.labels]), everything.labels)
@@ -62,13 +69,40 @@ def test_damaged_npz(save, tmp_path):
     path = tmp_path / "cifar10.npz"
     save(path, **small_arrays())
     whole = path.read_bytes()
-    assert len(load_cifar10(tmp_path)) == 2
+    assert len(load_training_data(tmp_path)) == 2
     flipped = bytearray(whole)
     flipped[100_000] ^= 255
     for damaged in (whole[:50_000], flipped, b""):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match="is not a whole .npz file"):
-            load_cifar10(tmp_path)
+        with pytest.raises(UserError, match="is not a whole .npz file"):
+            load_training_data(tmp_path)
+
+
+def test_a_healthy_npz_is_not_called_damaged(dataset, tmp_path, monkeypatch):
+    """Other contents, no permission, too little memory: each has its own sentence, and none advises to delete."""
+    arrays = small_arrays()
+    np.savez(tmp_path / data.NPZ, x_train=arrays["train_images"], y_train=arrays["train_labels"])
+    with pytest.raises(UserError, match="has the arrays x_train, y_train, not train_images and train_labels") as error:
+        load_split(tmp_path, "train")
+    assert "remove" not in str(error.value)
+    for failure, expected in ((PermissionError(13, "Permission denied"), "cannot be read .Permission denied."),
+                              (MemoryError("Unable to allocate 146 MiB"), "Unable to allocate")):
+        def load(path, failure=failure):
+            raise failure
+
+        monkeypatch.setattr(np, "load", load)
+        with pytest.raises((UserError, MemoryError), match=expected) as error:
+            load_split(dataset, "train")
+        assert "remove" not in str(error.value)
+
+
+def test_the_home_folder(dataset, weights, monkeypatch):
+    monkeypatch.setenv("HOME", str(dataset.parent))
+    assert eval.main(["--weights", str(weights), "--data-dir", f"~/{dataset.name}", "--min-accuracy", "0"]) == 0
+    script = "import eval; print(eval.make_parser().parse_args([]).data_dir)"
+    environment = os.environ | {"CIFAR10_DIR": "~/cifar", "HOME": "/home/x"}
+    output = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert output.stdout == "/home/x/cifar\n"
 
 
 # --- the official files, and where to download them -----------------------------------------------
@@ -109,39 +143,44 @@ def is_the_official_set(splits: list[Split]) -> bool:
 
 def test_official_folder(official):
     (official / data.ARCHIVE).unlink()
-    assert is_the_official_set(load_cifar10(official))
-    assert (official / "cifar10.npz").exists()
-    assert is_the_official_set(load_cifar10(official))  # now from the npz
+    assert is_the_official_set(load_training_data(official))
+    assert [path.name for path in official.iterdir()] == [data.FOLDER]  # it may be read-only
 
 
 def test_official_archive(official, tmp_path):
     (tmp_path / "data").mkdir()
     (official / data.ARCHIVE).rename(tmp_path / "data" / data.ARCHIVE)
-    assert is_the_official_set(load_cifar10(tmp_path / "data"))
+    for _ in range(2):
+        assert is_the_official_set(load_training_data(tmp_path / "data"))
 
 
-def test_a_full_disk_does_not_keep_the_npz(official, monkeypatch):
-    def savez(path, **arrays):
-        path.write_bytes(b"the first bytes")
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interruption_leaves_no_part_of_the_data(failure, official, monkeypatch):
+    def extract_archive(archive, folder):
+        (Path(folder) / data.FOLDER).mkdir()
+        raise failure
 
-    monkeypatch.setattr(np, "savez", savez)
-    assert is_the_official_set(load_cifar10(official))
-    assert {path.name for path in official.iterdir()} == {data.ARCHIVE, "cifar-10-batches-py"}
+    shutil.rmtree(official / data.FOLDER)
+    monkeypatch.setattr(datasets.utils, "extract_archive", extract_archive)
+    with pytest.raises(type(failure)):
+        load_split(official, "test")
+    assert {path.name for path in official.iterdir()} - {"cifar10.lock"} == {data.ARCHIVE}
 
 
 @pytest.fixture
 def mirrors(official, monkeypatch):
     """A local server in place of the mirrors: /good has the archive, /corrupt and /short lie, others answer 404.
 
-    `mirrors.requests` has the paths that were asked for, in order; torchvision asks twice, to follow redirects first.
+    `mirrors.requests` counts the requests for each path, in order; torchvision asks twice, to follow redirects first.
     """
     whole = (official / data.ARCHIVE).read_bytes()
-    bodies = {"/good": whole, "/corrupt": b"<html>" + whole[6:], "/short": whole, "/page": b"<html>Sorry"}
+    bodies = {"/corrupt": b"<html>" + whole[6:], "/page": b"<html>Sorry"} | dict.fromkeys(
+        ("/good", "/slow", "/short"), whole)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            server.requests[self.path] = True
+            server.requests[self.path] = server.requests.get(self.path, 0) + 1
+            time.sleep(0.5 if self.path == "/slow" else 0)
             if self.path not in bodies:
                 return self.send_error(404)
             body = bodies[self.path]
@@ -166,26 +205,53 @@ def mirrors(official, monkeypatch):
 
 def test_download(mirrors, tmp_path):
     mirrors.use("/good", "/never-asked")
-    assert is_the_official_set(load_cifar10(tmp_path / "data"))
-    assert is_the_official_set(load_cifar10(tmp_path / "data"))
+    assert is_the_official_set(load_training_data(tmp_path / "data"))
+    assert is_the_official_set(load_training_data(tmp_path / "data"))
     assert list(mirrors.requests) == ["/good"]
 
 
 def test_the_first_mirror_that_has_the_archive_is_used(mirrors, tmp_path):
     mirrors.use("/gone", "/page", "/corrupt", "/short", "/good")
-    assert is_the_official_set(load_cifar10(tmp_path / "data"))
+    assert is_the_official_set(load_training_data(tmp_path / "data"))
     assert list(mirrors.requests) == ["/gone", "/page", "/corrupt", "/short", "/good"]
 
 
-@pytest.mark.parametrize("name", [data.ARCHIVE, "cifar-10-batches-py/data_batch_3"])
-def test_damaged_official_files_are_downloaded_again(name, official, mirrors):
-    (official / name).write_bytes(b"other")
-    if name != data.ARCHIVE:
-        (official / data.ARCHIVE).unlink()
-    else:
-        (official / "cifar-10-batches-py" / "test_batch").unlink()
+@pytest.mark.parametrize("name", [data.ARCHIVE, f"{data.FOLDER}/data_batch_3"])
+@pytest.mark.parametrize("contents", [b"other", None])
+def test_a_file_that_is_not_the_official_one_is_named_and_kept(name, contents, official, mirrors):
     mirrors.use("/good")
-    assert is_the_official_set(load_cifar10(official))
+    if name == data.ARCHIVE:
+        (official / data.FOLDER).rename(official / "away")
+    (official / name).unlink()
+    if contents:
+        (official / name).write_bytes(contents)
+    elif name == data.ARCHIVE:
+        return  # then it is downloaded
+    with pytest.raises(UserError, match=f"{name} is not the official file .md5 [0-9a-fmissng]+, not [0-9a-f]+"):
+        load_split(official, "train")
+    assert not mirrors.requests and (not contents or (official / name).read_bytes() == contents)
+
+
+@pytest.mark.parametrize("name", [data.FOLDER, data.ARCHIVE, data.NPZ])
+def test_the_data_themselves_are_named(name, official):
+    if name == data.NPZ:
+        arrays = {part: load_split(official, part) for part in ("train", "test")}
+        np.savez(official / name, **{f"{part}_{field}": tensor.numpy() for part, split in arrays.items()
+                                     for field, tensor in split._asdict().items()})
+    assert is_the_official_set(load_training_data(official / name))
+
+
+def test_the_second_of_two_first_runs_waits(official, mirrors, tmp_path, capsys):
+    mirrors.use("/slow")
+    loaded = []
+    threads = [threading.Thread(target=lambda: loaded.append(load_split(tmp_path / "new", "train"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.3)
+    for thread in threads:
+        thread.join()
+    assert [len(split.images) for split in loaded] == [100, 100] and mirrors.requests == {"/slow": 2}
+    assert "another process prepares CIFAR-10: waiting" in capsys.readouterr().out
 
 
 def test_no_mirror_works(mirrors, tmp_path, capsys):
@@ -197,22 +263,22 @@ def test_no_mirror_works(mirrors, tmp_path, capsys):
 
 def test_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:9/nobody-listens-here"])
-    with pytest.raises(DataError, match="could not be downloaded"):
-        load_cifar10(tmp_path)
+    with pytest.raises(UserError, match="could not be downloaded"):
+        load_training_data(tmp_path)
 
 
 # --- augmentation ---------------------------------------------------------------------------------
 
 def augmented_set(split: Split, **options) -> torch.Tensor:
     """The images of the augmented training set, after the first epoch has drawn them."""
-    loader = TrainLoader(split, batch_size=8, **options)
+    loader = make_loader(split, **options)
     next(iter(loader))
     return loader.images
 
 
 def test_augmented_training_set():
     split = make_split(60)
-    loader = TrainLoader(split, batch_size=8)
+    loader = make_loader(split, batch_size=8)
     next(iter(loader))
     assert loader.images.shape == (180, 32, 32, 3) and loader.images.dtype == torch.uint8
     assert torch.equal(loader.images[:60], split.images)
@@ -231,9 +297,9 @@ def test_equal_seeds_give_equal_sets():
     assert not torch.equal(first[30:60], other[30:60]) and not torch.equal(first[60:], other[60:])
 
 
-def test_resample_draws_the_random_forms_anew_for_each_epoch():
+def test_resample_draws_the_random_versions_anew_for_each_epoch():
     for resample in (True, False):
-        loader = TrainLoader(make_split(30), batch_size=8, resample=resample)
+        loader = make_loader(make_split(30), batch_size=8, resample=resample)
         forms = []
         for epoch in (0, 1, 1, 0):
             loader.set_epoch(epoch)
@@ -318,7 +384,7 @@ def test_random_crops_are_windows_of_the_padded_image():
 # --- batches --------------------------------------------------------------------------------------
 
 def test_a_pass_serves_every_sample_once():
-    loader = TrainLoader(make_split(25), batch_size=32)
+    loader = make_loader(make_split(25), batch_size=32)
     batches = list(loader)
     assert [len(labels) for _, labels in batches] == [32, 32, 11] and len(loader) == 3
     images = torch.cat([images for images, _ in batches]).flatten(1)
@@ -330,9 +396,9 @@ def test_a_pass_serves_every_sample_once():
     assert torch.equal(torch.unique(images, dim=0), torch.unique(everything, dim=0))
 
 
-def test_a_pass_without_the_random_forms():
+def test_a_pass_without_the_random_versions():
     split = make_split(25)
-    loader = TrainLoader(split, batch_size=32, random_forms=False, crop_padding=0)
+    loader = make_loader(split, batch_size=32, random_versions=False, crop_padding=0)
     ((images, labels),) = loader
     originals = normalize(split.images).flatten(1)
     nearest = torch.cdist(images.flatten(1), originals).argmin(dim=1)
@@ -342,7 +408,7 @@ def test_a_pass_without_the_random_forms():
 
 def test_the_order_follows_from_seed_and_epoch():
     def labels(seed: int, epoch: int) -> torch.Tensor:
-        loader = TrainLoader(make_split(30), batch_size=90, seed=seed)
+        loader = make_loader(make_split(30), batch_size=90, seed=seed)
         loader.set_epoch(epoch)
         return next(iter(loader))[1]
 
@@ -351,7 +417,7 @@ def test_the_order_follows_from_seed_and_epoch():
 
 
 def test_the_loader_crops():
-    plain, cropped = (next(iter(TrainLoader(make_split(20), batch_size=60, crop_padding=pixels)))[0].flatten(1)
+    plain, cropped = (next(iter(make_loader(make_split(20), batch_size=60, crop_padding=pixels)))[0].flatten(1)
                       for pixels in (0, 4))
     assert cropped.shape == plain.shape and (cropped != plain).any(dim=1).sum() > 45
 
@@ -367,7 +433,7 @@ def test_normalize_against_torchvision():
 
 
 def test_normalisation_constants(real_data):
-    (train_split,) = load_cifar10(real_data, ("train",))
+    train_split = load_split(real_data, "train")
     pixels = train_split.images.view(-1, 3).double() / 255
     assert pixels.mean(dim=0).tolist() == pytest.approx(data.MEAN.tolist(), abs=5e-5)
     assert pixels.std(dim=0).tolist() == pytest.approx(data.STD.tolist(), abs=1e-4)
@@ -375,12 +441,12 @@ def test_normalisation_constants(real_data):
 
 def test_progressive_resizing():
     images = normalize(make_split(5).images)
-    sizes = [data.progressive_resize(images, progress, 0.6).shape[-1] for progress in (0.0, 0.29, 0.31, 0.59, 0.6, 1.0)]
-    assert sizes == [16, 16, 24, 24, 32, 32]
-    assert data.progressive_resize(images, 0.0, 0.0) is images
-    small = data.progressive_resize(images, 0.0, 0.6)
+    sizes = [data.image_size(progress, 0.6) for progress in (0.0, 0.29, 0.31, 0.59, 0.6, 1.0)]
+    assert sizes == [16, 16, 24, 24, 32, 32] and data.image_size(0.0, 0.0) == 32
+    assert data.resize(images, 32) is images
+    small = data.resize(images, 16)
     assert small.shape == (5, 3, 16, 16) and small.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(data.progressive_resize(images.flip(3), 0.0, 0.6), small.flip(3), atol=1e-5)
+    assert torch.allclose(data.resize(images.flip(3), 16), small.flip(3), atol=1e-5)
     assert torch.allclose(small.mean(), images.mean(), atol=0.02)
     grey = torch.full((1, 3, 32, 32), 0.7)
-    assert torch.allclose(data.progressive_resize(grey, 0.4, 0.6), torch.full((1, 3, 24, 24), 0.7))
+    assert torch.allclose(data.resize(grey, 24), torch.full((1, 3, 24, 24), 0.7))
