@@ -256,7 +256,7 @@ class Run:
 
     def finish(self, result: dict, out: Path | None) -> None:
         """Write the weights, here and at `out`, and result.json."""
-        metadata = {name: (self.settings | result)[name] for name in model.METADATA}
+        metadata = {name: kind((self.settings | result)[name]) for name, kind in model.METADATA.items()}
         for path in {self.directory / "weights.pkl", out or self.directory / "weights.pkl"}:
             model.save_weights(path, self.network, metadata)
         self.sittings[-1]["seconds"] = time.perf_counter() - self.start

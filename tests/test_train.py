@@ -197,6 +197,13 @@ def test_training_without_the_random_versions(dataset, tmp_path, capsys):
     assert "200 training images; measured on 100 test images\n" in capsys.readouterr().out
 
 
+def test_a_whole_recipe(dataset, tmp_path):
+    """Without any option for a setting, which would have the type of the command line."""
+    options = ["--recipe", "quick", "--data-dir", str(dataset), "--run-dir", str(tmp_path), "--out", str(tmp_path / "w")]
+    assert train.main(options) == 0
+    assert model.load_weights(tmp_path / "w")[1]["epochs"] == 1.0
+
+
 @pytest.mark.parametrize("recipe", train.RECIPES)
 def test_a_run_of_one_step_trains(recipe, dataset, tmp_path):
     """The learning rate is not zero at the last step."""
