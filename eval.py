@@ -186,15 +186,20 @@ def tta_infer(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def corruptions(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Images uint8 (N, 32, 32, 3), on the CPU, under four of CIFAR-10-C's corruptions, at the third of its five
     severities (Hendrycks & Dietterich 2019, arXiv 1903.12261)."""
+    from PIL import Image  # torchvision brings Pillow
     from torchvision.transforms.v2 import functional
+
+    def jpeg(image: np.ndarray) -> torch.Tensor:
+        Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=58)
+        return torch.from_numpy(np.array(Image.open(file)))
 
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     mean = images.float().mean(dim=(1, 2), keepdim=True)
-    planes = images.permute(0, 3, 1, 2)
+    blurred = functional.gaussian_blur(images.permute(0, 3, 1, 2), kernel_size=5, sigma=0.7)
     return {
         "gaussian noise": (images + 0.08 * 255 * noise).round().clamp(0, 255).byte(),
-        "gaussian blur": functional.gaussian_blur(planes, kernel_size=5, sigma=0.7).permute(0, 2, 3, 1),
-        "jpeg": torch.stack([functional.jpeg(image, 58) for image in planes]).permute(0, 2, 3, 1),
+        "gaussian blur": blurred.permute(0, 2, 3, 1),
+        "jpeg": torch.stack([jpeg(image) for image in images.numpy()]),
         "contrast": (mean + 0.4 * (images - mean)).round().byte(),
     }
 

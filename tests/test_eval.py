@@ -83,7 +83,7 @@ def test_corruption_accuracy_is_measured_on_the_corrupted_images(monkeypatch):
             bright = images.mean(dim=(1, 2, 3)) > 0
             return torch.stack([~bright, bright], dim=1).float().clamp(0.1, 0.9).log()
 
-    monkeypatch.setattr(eval, "corruptions", lambda: {"black": torch.zeros_like, "none": torch.clone})
+    monkeypatch.setattr(eval, "corruptions", lambda images: {"black": torch.zeros_like(images), "none": images})
     images = torch.full((4, 32, 32, 3), 255, dtype=torch.uint8)
     split = data.Split(images, torch.tensor([1, 1, 1, 0]))
     assert eval.corruption_accuracy(Bright(), split) == {"black": 25.0, "none": 75.0}
@@ -91,7 +91,7 @@ def test_corruption_accuracy_is_measured_on_the_corrupted_images(monkeypatch):
 
 def corrupt(name: str, images: torch.Tensor) -> torch.Tensor:
     """Apply a corruption twice to images (N, 32, 32, 3), and check what all corruptions have in common."""
-    corrupted, again = (eval.corruptions()[name](images) for _ in range(2))
+    corrupted, again = (eval.corruptions(images)[name] for _ in range(2))
     assert corrupted.shape == images.shape and corrupted.dtype == torch.uint8 and torch.equal(corrupted, again)
     return corrupted
 
