@@ -82,6 +82,7 @@ def test_what_a_run_leaves_behind(finished):
     assert names == {"metrics.csv", "accuracy.png", "loss.png", "result.json", "checkpoint.pt", "weights.pkl"}
     rows = rows_of(finished)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["test_accuracy"]) > 60  # ten classes: chance is 10
     result = json.loads((finished / "result.json").read_text())
     assert result["accuracy"] == float(rows[-1]["test_accuracy"]) and result["loss"] == float(rows[-1]["test_loss"])
     assert {"recipe", "seed", "lr", "parameters", "seconds"} <= result.keys()
@@ -89,12 +90,6 @@ def test_what_a_run_leaves_behind(finished):
     assert {"processor", "threads", "bfloat16", "python", "torch", "torchvision"} <= sitting.keys()
     assert (sitting["device"], sitting["epochs"]) == ("cpu", 3) and sitting["seconds"] == pytest.approx(
         result["seconds"], abs=0.1)
-
-
-def test_it_learns(finished):
-    rows = rows_of(finished)
-    assert float(rows[-1]["test_accuracy"]) > 60  # ten classes: chance is 10
-    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
 
 
 def test_the_training_curve_is_that_of_training_images_as_they_are(finished, dataset):
@@ -163,10 +158,6 @@ def test_the_graphs_show_what_the_log_holds(prefix, label, monkeypatch):
     assert drawn == [([1, 1.5], [1.0, 0.5], "5,000 training images"), ([1, 1.5], [1.1, pytest.approx(0.6)], label)]
 
 
-def test_the_graphs_grow_with_each_epoch(unfinished):
-    assert Image.open(unfinished / "accuracy.png").size == Image.open(unfinished / "loss.png").size
-
-
 def test_the_backend_of_a_notebook_is_not_needed(python, dataset, tmp_path):
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     command = [*python, str(ROOT / "train.py"), *options_for(tmp_path / "r", dataset), "--epochs", "0.1"]
@@ -192,15 +183,10 @@ def test_a_part_of_a_pass(dataset, tmp_path):
     assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "1.5"]
 
 
-def test_training_without_the_random_versions(dataset, tmp_path, capsys):
-    assert train_in(tmp_path, dataset, "--epochs", "1", "--no-random-versions") == 0
-    assert "200 training images; measured on 100 test images\n" in capsys.readouterr().out
-
-
 def test_a_whole_recipe(dataset, tmp_path):
     """Without any option for a setting, which would have the type of the command line."""
-    options = ["--recipe", "quick", "--data-dir", str(dataset), "--run-dir", str(tmp_path), "--out", str(tmp_path / "w")]
-    assert train.main(options) == 0
+    options = ["--recipe", "quick", "--data-dir", str(dataset), "--run-dir", str(tmp_path)]
+    assert train.main([*options, "--out", str(tmp_path / "w")]) == 0
     assert model.load_weights(tmp_path / "w")[1]["epochs"] == 1.0
 
 
@@ -245,13 +231,6 @@ def test_a_log_file_gets_a_line_now_and_then(monkeypatch, capsys):
         progress.after_step(step, range(1000))
     lines = capsys.readouterr().out.splitlines()
     assert re.match(r"      step 61 of 1000, \d+:\d\d:\d\d left", lines[0]) and len(lines) == 2
-
-
-def test_the_head_is_in_a_log_file_at_once(python, dataset, tmp_path):
-    process = start(python, tmp_path, dataset, "--epochs", "50")
-    wait_for_line(process, "epoch  ")  # a pipe, as a file, is not a terminal
-    process.kill()
-    process.wait()
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -384,11 +363,6 @@ def test_an_unfinished_run_is_not_replaced(unfinished, finished, dataset, capsys
     assert_same_runs(unfinished, finished)
 
 
-def test_overwrite_replaces_an_unfinished_run(unfinished, dataset):
-    assert train_in(unfinished, dataset, "--epochs", "1", "--seed", "5", "--overwrite") == 0
-    assert json.loads((unfinished / "result.json").read_text())["seed"] == 5
-
-
 def test_a_damaged_checkpoint_is_not_replaced_either(unfinished, dataset, capsys):
     (unfinished / "checkpoint.pt").write_bytes(b"damaged")
     assert train_in(unfinished, dataset, "--epochs", "3") == 2
@@ -421,6 +395,7 @@ def test_overwrite_keeps_the_old_run_until_the_first_epoch_is_finished(copied, d
     assert {name: (copied / name).read_bytes() for name in contents} == contents
     interrupt_after_an_epoch(monkeypatch, train_in, copied, dataset, "--epochs", "3", "--overwrite")
     assert len(rows_of(copied)) == 1 and not {"result.json", "weights.pkl"} & {path.name for path in copied.iterdir()}
+    assert Image.open(copied / "accuracy.png").size == Image.open(copied / "loss.png").size  # drawn after each epoch
 
 
 @pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("no flock")])
@@ -717,12 +692,6 @@ def test_any_network_learns_with_every_recipe(name, recipe, dataset, tmp_path, m
     assert ("no progressive resizing" in capsys.readouterr().out) == (binds and recipe == "fast")
 
 
-@pytest.mark.parametrize("recipe", train.RECIPES.values(), ids=train.RECIPES)
-def test_every_recipe_is_within_the_limit(recipe):
-    network = model.build_network(recipe.network)
-    assert model.count_parameters(network) <= model.PARAMETER_LIMIT
-
-
 @pytest.mark.parametrize("options, message", [
     (["--epochs", "0"], "epochs is 0.0: it must be above 0"),
     (["--epochs", "inf"], "epochs is inf: it must be above 0"),
@@ -753,10 +722,3 @@ def test_bad_options(options, message, dataset, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         train_in(tmp_path, dataset, *options)
     assert exit.value.code == 2 and message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script, options", [(train, ["--epochs", "0"]), (eval, ["--weights", "none.pkl"])])
-def test_both_scripts_reuse_freed_memory(script, options, monkeypatch):
-    calls = []
-    monkeypatch.setattr(eval, "reuse_freed_memory", lambda: calls.append(script))
-    assert script.main(options) == 2 and calls == [script]
