@@ -44,7 +44,7 @@ REMEDY = (
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message is one sentence that says what and how."""
+    """Something that the user can correct; the message is one sentence that says what and how."""
 
 
 def one_line(error: Exception) -> str:
@@ -52,7 +52,7 @@ def one_line(error: Exception) -> str:
 
 
 def say(text: str = "", end: str = "\n") -> None:
-    """Print at once. If nobody can read it (a closed pipe, a full disk), go on in silence: a run is worth more."""
+    """Print at once. If that fails (a closed pipe, a full disk), go on silently rather than lose a run."""
     try:
         print(text, end=end, flush=True)
     except OSError:
@@ -65,10 +65,28 @@ def path_option(text: str) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError, before any work, if a file could not be written there after it."""
+    """Raise UserError now if a file could not be written there later."""
     target = path if path.exists() and not path.is_file() else path.parent  # a device, or the folder of a file
     if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
-        raise UserError(f"{path} cannot be written: name a file in a folder that exists and may be written")
+        raise UserError(f"{path} cannot be written: name a file in a folder that exists and is writable")
+
+
+def atomic_write(path: str | os.PathLike, contents: bytes) -> None:
+    """Write a file whole or not at all: a reader finds the old contents or the new, even if the process is killed.
+    Links are followed; special files, such as /dev/null, are written directly."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(contents)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(contents)
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Split(NamedTuple):
@@ -86,8 +104,8 @@ class Split(NamedTuple):
 def load_split(data_dir: str | os.PathLike, name: str) -> Split:
     """One split of CIFAR-10, "train" (50,000 images) or "test" (10,000).
 
-    Reads cifar10.npz in `data_dir`, or else the official files, which are downloaded where there are none. Raises
-    UserError if there is something else, or if the download failed.
+    Reads cifar10.npz in `data_dir`, else the official files, which are downloaded if they are missing. Raises UserError
+    for any other content, and for a failed download.
     """
     data_dir = Path(data_dir)
     if data_dir.name in (NPZ, ARCHIVE, FOLDER):  # named itself, rather than the folder that has it
@@ -97,15 +115,11 @@ def load_split(data_dir: str | os.PathLike, name: str) -> Split:
     else:
         images, labels = read_official_files(data_dir, name)
     shape = (SIZES[name], 32, 32, 3)
-    for fits, what, found, expected in (  # the first that does not fit is reported
-        (images.dtype == np.uint8, "images", images.dtype, "uint8"),
-        (images.shape == shape, "images", f"of shape {images.shape}", shape),
-        (labels.dtype.kind in "iu", "labels", labels.dtype, "integers"),
-        (labels.shape == shape[:1], "labels", f"of shape {labels.shape}", shape[:1]),
-        (set(labels.flat) == set(range(10)), "labels", "of other classes", "the 10 classes 0 to 9"),
-    ):
-        if not fits:
-            raise UserError(f"{data_dir / NPZ}: {name}_{what} is {found}, expected {expected}: {REMEDY}")
+    if images.dtype != np.uint8 or images.shape != shape:
+        found = f"{images.dtype} {images.shape}, not uint8 {shape}"
+        raise UserError(f"{data_dir / NPZ}: {name}_images is {found}: {REMEDY}")
+    if labels.shape != shape[:1] or set(labels.flat) != set(range(10)):
+        raise UserError(f"{data_dir / NPZ}: {name}_labels is not {shape[0]:,} numbers from 0 to 9: {REMEDY}")
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
 
@@ -144,13 +158,17 @@ def read_official_files(data_dir: Path, name: str) -> tuple[np.ndarray, np.ndarr
     from torchvision.datasets.utils import calculate_md5, extract_archive
 
     def check(path: Path, md5: str) -> None:
-        found = calculate_md5(path) if path.exists() else "missing"
-        if found != md5:
-            raise UserError(f"{path} is not the official file (md5 {found}, not {md5}): replace it, or {REMEDY}")
+        found = f"has the md5 {calculate_md5(path)}, not {md5}" if path.exists() else "is missing"
+        if md5 not in found.partition(",")[0]:
+            where = path.name if path.name == ARCHIVE else FOLDER
+            raise UserError(f"{path} {found}: move {where} away, to have it downloaded, or name another --data-dir")
 
     if not (data_dir / FOLDER).exists():
         data_dir.mkdir(parents=True, exist_ok=True)
-        with (hold_lock(data_dir / "cifar10.lock", wait="another process prepares CIFAR-10: waiting for it"),
+        if not os.access(data_dir, os.W_OK):
+            raise UserError(f"{data_dir} is read-only, and {FOLDER} must be unpacked there: copy {ARCHIVE} elsewhere, "
+                            "and name its folder with --data-dir")
+        with (hold_lock(data_dir / "cifar10.lock", wait="waiting for another process that is preparing CIFAR-10"),
               tempfile.TemporaryDirectory(dir=data_dir, suffix=".part") as temporary):
             if not (data_dir / FOLDER).exists():
                 archive = data_dir / ARCHIVE if (data_dir / ARCHIVE).exists() else download(Path(temporary))
@@ -182,7 +200,7 @@ def download(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def hold_lock(path: Path, wait: str | None = None) -> Iterator[None]:
-    """Hold a lock file. If another process holds it: print `wait` and wait, or raise filelock.Timeout without it.
+    """Hold a lock file. If another process holds it, print `wait` and wait; without `wait`, raise filelock.Timeout.
     Where a folder is read-only, or a network drive has no locks, go on without one."""
     lock = FileLock(path)
     try:
@@ -190,7 +208,7 @@ def hold_lock(path: Path, wait: str | None = None) -> Iterator[None]:
     except Timeout:
         if wait is None:
             raise
-        say(wait)
+        print(wait, file=sys.stderr)
         lock.acquire()
     except (OSError, NotImplementedError) as error:
         print(f"warning: {path} cannot be locked ({error}): let no other process write there", file=sys.stderr)
@@ -202,7 +220,7 @@ def hold_lock(path: Path, wait: str | None = None) -> Iterator[None]:
 
 # --- augment --------------------------------------------------------------------------------------
 
-ROTATION_DEGREES = 15  # the report says "rotated" and names no angle; not tuned
+ROTATION_DEGREES = 15  # not tuned: the report says "rotated" without an angle
 
 
 def flip_and_rotate(images: torch.Tensor, seed: int) -> torch.Tensor:
@@ -260,9 +278,8 @@ class TrainLoader:
 
     Args:
         train: the training set; the batches are on its device.
-        recipe: a train.Recipe, which explains its fields: batch_size, random_versions, resample,
-            autoaugment_group_size, autoaugment_flipped and crop_padding.
-        seed: with the epoch, it decides all random numbers.
+        recipe: a train.Recipe, which explains its settings.
+        seed: determines all random numbers, together with the epoch.
     """
 
     def __init__(self, train: Split, recipe, seed: int = 0):
@@ -303,39 +320,10 @@ class TrainLoader:
             yield normalize(images), self.labels[chosen]
 
 
-class Progress:
-    """Shows how far a run is and how long it will take: on a terminal in place, in a log file now and then.
-
-    The time left is in proportion to the pixels left, since the first steps of progressive resizing have few. An
-    evaluated image counts as a third of a training sample, for it takes no backward pass.
-    """
-
-    def __init__(self, recipe, steps_per_epoch: int, total_steps: int, first_step: int, evaluated: int):
-        sizes = [image_size((step + 0.5) / total_steps, recipe.low_resolution_share) for step in range(total_steps)]
-        self.costs = [recipe.batch_size * size**2 for size in sizes]
-        for last in [*range(steps_per_epoch - 1, total_steps - 1, steps_per_epoch), -1]:
-            self.costs[last] += evaluated * 32**2 / 3
-        self.first_step, self.start = first_step, time.perf_counter()
-        self.next_line = self.start + 60  # seconds: when a log file gets a line
-
-    def left(self, step: int) -> str:
-        """The time left before step number `step`, as h:mm:ss."""
-        ratio = sum(self.costs[step:]) / sum(self.costs[self.first_step : step])
-        minutes, seconds = divmod(round(ratio * (time.perf_counter() - self.start)), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-    def after_step(self, step: int, steps: range) -> None:
-        now, is_terminal = time.perf_counter(), sys.stdout.isatty()
-        if step % 10 == 9 if is_terminal else now > self.next_line:
-            line = f"      step {step + 1 - steps.start} of {len(steps)}, {self.left(step + 1)} left"
-            say(f"\r{line}\r" if is_terminal else line, end="" if is_terminal else "\n")
-            self.next_line = now + 600
-
-
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32) in channels_last memory, zero mean, unit variance per channel."""
+    """uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32), contiguous, with zero mean and unit variance per channel."""
     mean, std = 255 * MEAN.to(images.device), 255 * STD.to(images.device)
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def image_size(progress: float, low_resolution_share: float) -> int:
@@ -350,5 +338,50 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """Smaller images, without aliasing: (N, 3, 32, 32) -> (N, 3, size, size)."""
     if size == images.shape[-1]:
         return images
-    resized = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    return resized.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+class Progress:
+    """Shows how far a run is and how long it will take: on a terminal in place, in a log file now and then.
+
+    Args:
+        costs: for each step of the run, its seconds when it was rehearsed. Only their ratios count; the first steps of
+            progressive resizing are the cheapest.
+        steps_per_epoch: of a whole epoch.
+    """
+
+    def __init__(self, costs: list[float], steps_per_epoch: int):
+        self.costs, self.steps_per_epoch = costs, steps_per_epoch
+        self.seconds = self.cost = 0.0   # of the steps so far
+        self.rest, self.epochs = 0.0, 0  # seconds of augmentation and evaluation, in so many epochs
+        self.last = time.perf_counter()
+        self.next_line = self.last + 60  # when a log file gets a line
+
+    def lap(self) -> float:
+        """The seconds since the last call."""
+        last, self.last = self.last, time.perf_counter()
+        return self.last - last
+
+    def left(self, step: int) -> str:
+        """The time left before step number `step`, as h:mm:ss."""
+        epochs = math.ceil((len(self.costs) - step) / self.steps_per_epoch)
+        seconds = sum(self.costs[step:]) * self.seconds / (self.cost or 1) + epochs * self.rest / (self.epochs or 1)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+    def after_step(self, step: int) -> None:
+        n = step % self.steps_per_epoch + 1
+        if n == 1:
+            self.rest += self.lap()  # the first batch waits for the augmentation
+        else:
+            self.seconds, self.cost = self.seconds + self.lap(), self.cost + self.costs[step]
+        is_terminal = sys.stdout.isatty()
+        if n % 10 == 0 if is_terminal else self.last > self.next_line:
+            line = f"      step {n} of {self.steps_per_epoch}, {self.left(step + 1)} left"
+            say(f"\r{line}\r" if is_terminal else line, end="" if is_terminal else "\n")
+            self.next_line = self.last + 600
+
+    def after_epoch(self) -> None:
+        self.rest, self.epochs, self.next_line = self.rest + self.lap(), self.epochs + 1, self.last + 60

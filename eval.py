@@ -12,6 +12,7 @@ Exit status: 0 when the accuracy reaches --min-accuracy, 1 when it does not, 2 f
 """
 
 import argparse
+import contextlib
 import ctypes
 import io
 import json
@@ -51,8 +52,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # PyTorch 2.9 has no get_capabilities, so float32 is used with it
-    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # from PyTorch 2.10
     return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
@@ -66,10 +66,11 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def run_script(command: Callable[[], int]) -> int:
-    """Run a script's command and return its exit status; what the user can mend is one line and status 2."""
+    """Run a script's command and return its exit status; an error that the user can correct is one line, status 2."""
     os.environ["MPLBACKEND"] = "agg"  # files need no display; a notebook names a backend that may not be there
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where standard output is closed
-    sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     reuse_freed_memory()
     try:
@@ -77,9 +78,10 @@ def run_script(command: Callable[[], int]) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError for most things
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory|allocate", str(error)):
             raise
-        print("error: the memory is not enough: close other programs, or choose a smaller batch", file=sys.stderr)
+        print("error: there is not enough memory: close other programs, or train with a smaller --batch-size",
+              file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 2
@@ -89,14 +91,14 @@ def reuse_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensor, rather than have the kernel clear new pages for it."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
-        libc.mallopt(-3, 2**30)      # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older versions take 32 MB at most
 
 
 # --- metrics --------------------------------------------------------------------------------------
 
 def infer(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (N, 10) of uint8 images (N, 32, 32, 3), on their device."""
-    network = model.export(network).to(memory_format=torch.channels_last)
+    network = model.export(network)
     on_cpu = images.device.type == "cpu"
     batch_size = 40 if on_cpu else 1000  # 40: the output of a layer stays in the cache of a CPU
     threads = torch.get_num_threads()
@@ -204,12 +206,6 @@ def corruptions(images: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def corruption_accuracy(network: nn.Module, split: Split) -> dict[str, float]:
-    """The accuracy in percent under each of the corruptions."""
-    return {name: accuracy_and_loss(infer(network, images.to(split.images.device)), split.labels)[0]
-            for name, images in corruptions(split.images.cpu()).items()}
-
-
 # --- images of your own ---------------------------------------------------------------------------
 
 def load_image(path: Path) -> torch.Tensor:
@@ -225,9 +221,11 @@ def load_image(path: Path) -> torch.Tensor:
             if image.width * image.height > 500_000_000:
                 raise ValueError("it has more than 500 megapixels")
             image.draft(None, (2048, 2048))  # a large JPEG is read at a fraction of its size
-            image.getexif()  # read, then dropped, since exif_transpose would fail to write odd metadata again
-            image.info.pop("exif", None)
-            image = ImageOps.exif_transpose(image)
+            with contextlib.suppress(Exception):  # odd metadata
+                image.getexif()
+                for key in ("exif", "Raw profile type exif"):  # which exif_transpose would write again
+                    image.info.pop(key, None)
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # convert() would clip it to white
                 values = np.asarray(image)
                 if values.max() < 4096:
@@ -267,8 +265,8 @@ def make_report(network: nn.Module, split: Split, *, full: bool = False, tta: bo
     """Everything that is measured, under the names that --json prints."""
     start = time.perf_counter()
     log_probabilities = infer(network, split.images)
-    seconds = time.perf_counter() - start
     accuracy, loss = accuracy_and_loss(log_probabilities, split.labels)
+    seconds = time.perf_counter() - start
     confusion = confusion_matrix(log_probabilities, split.labels)
     precision, recall = precision_and_recall(confusion)
     report = {
@@ -280,7 +278,9 @@ def make_report(network: nn.Module, split: Split, *, full: bool = False, tta: bo
     if full:
         report["interval"] = confidence_interval(accuracy, len(split.labels))
         report["calibration_error"] = calibration_error(log_probabilities, split.labels)
-        report["corruption_accuracy"] = corruption_accuracy(network, split)
+        report["corruption_accuracy"] = {
+            name: accuracy_and_loss(infer(network, images.to(split.images.device)), split.labels)[0]
+            for name, images in corruptions(split.images.cpu()).items()}
     if tta:
         report["tta_accuracy"], _ = accuracy_and_loss(tta_infer(network, split.images), split.labels)
     return report
@@ -369,7 +369,7 @@ def plot_mistakes(report: dict, test: Split, path: Path) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, path = parser.add_argument, path_option
-    add("--weights", type=path, default="weights.pkl", metavar="FILE", help="of train.py (default: %(default)s)")
+    add("--weights", type=path, default="weights.pkl", metavar="FILE", help="from train.py (default: %(default)s)")
     add("--data-dir", type=path, default=DEFAULT_DATA_DIR, metavar="DIR", help="default: $CIFAR10_DIR, or data")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
     add("--min-accuracy", type=float, default=80.0, metavar="PERCENT", help="the bar for exit status 0 (default: 80)")
@@ -384,9 +384,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def evaluate_weights(args: argparse.Namespace) -> int:
     """Print what is measured of a weights file, or the classes of image files, and return the exit status."""
-    for path in (args.confusion, args.mistakes):
-        if path:
-            check_writable(path)
+    for path in filter(None, (args.confusion, args.mistakes)):
+        check_writable(path)
     device = pick_device(args.device)
     network, metadata = model.load_weights(args.weights)
     network = network.to(device)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import UserError, one_line
+from data import UserError, atomic_write, one_line
 
 PARAMETER_LIMIT = 50_000
 
@@ -60,23 +60,13 @@ class ReportNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = nn.Sequential(
-            *conv_norm_relu(3, 3),      # layer 0:            (N,  3, 32, 32)
-            *conv_norm_relu(3, 10),     # layer 1:            (N, 10, 32, 32)
-            *conv_norm_relu(10, 10),
-            *conv_norm_relu(10, 10),
-            *conv_norm_relu(10, 30),    # layer 2:            (N, 30, 32, 32)
-            *conv_norm_relu(30, 30),
-            nn.AvgPool2d(2),            #                     (N, 30, 16, 16)
-            *conv_norm_relu(30, 30),
-            nn.MaxPool2d(2),            #                     (N, 30,  8,  8)
-            *conv_norm_relu(30, 60),    # layer 3:            (N, 60,  8,  8)
-            nn.MaxPool2d(2),            #                     (N, 60,  4,  4)
+            *conv_norm_relu(3, 3),                                                     # layer 0: (N,  3, 32, 32)
+            *conv_norm_relu(3, 10), *conv_norm_relu(10, 10), *conv_norm_relu(10, 10),  # layer 1: (N, 10, 32, 32)
+            *conv_norm_relu(10, 30), *conv_norm_relu(30, 30), nn.AvgPool2d(2),         # layer 2: (N, 30, 16, 16)
+            *conv_norm_relu(30, 30), nn.MaxPool2d(2),                                  #          (N, 30,  8,  8)
+            *conv_norm_relu(30, 60), nn.MaxPool2d(2),                                  # layer 3: (N, 60,  4,  4)
         )
-        self.classifier = nn.Sequential(
-            nn.Flatten(),               #                     (N, 960)
-            nn.Dropout(0.2),
-            nn.Linear(960, 10),         #                     (N, 10)
-        )
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(960, 10))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(images))
@@ -87,7 +77,7 @@ class ReportNet(nn.Module):
 # The channels of a flip-equivariant layer are two halves, [a | b]. Flipping the image left to right
 # flips every map and swaps a and b; nothing else changes. This is a group-equivariant convolution
 # (Cohen & Welling 2016, arXiv 1602.07576; Weiler & Cesa 2019, arXiv 1911.08251) for the group of one
-# flip. Each half follows from the other, so a layer has the parameters of half its width.
+# flip. One half determines the other, so a layer stores the parameters of one half only.
 
 
 class FlipConv2d(nn.Module):
@@ -102,8 +92,6 @@ class FlipConv2d(nn.Module):
         kernel_size: odd.
         groups: 1 or an even number, so that no group mixes the two halves.
         gain: initial value of a learned factor for each filter; None for no factor.
-
-    Raises UserError for an odd number of channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, groups: int = 1,
@@ -195,7 +183,7 @@ class GatedBlock(nn.Module):
         self.layers = nn.Sequential(
             FlipConv2d(width, width, 3, groups=width),
             FlipBatchNorm2d(width),
-            nn.Hardtanh(-4.0, 4.0),  # in place, autograd would copy the whole gradient
+            nn.Hardtanh(-4.0, 4.0),  # not in place: autograd would copy the whole gradient
             SwiGLU(width, width),
             FlipConv2d(width, width, 1, gain=0.0),
         )
@@ -210,8 +198,6 @@ class FlipNet(nn.Module):
     Args:
         widths: channels of each stage. Its maps are 32x32, 16x16 and 8x8 for an image of 32x32.
         blocks: gated blocks of each stage.
-
-    Raises UserError for an odd width.
     """
 
     def __init__(self, widths: tuple[int, int, int], blocks: tuple[int, int, int]):
@@ -227,6 +213,7 @@ class FlipNet(nn.Module):
         self.classifier = nn.Linear(width // 2, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)  # faster with these layers
         features = self.features(images).mean(dim=(2, 3), dtype=torch.float32)  # (N, width)
         a, b = features.chunk(2, dim=1)
         return self.classifier(a + b)  # group pooling: a flip only swaps a and b
@@ -252,10 +239,10 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def build_network(name: str) -> nn.Module:
-    """A freshly initialised network of NETWORKS. Raises UserError for an unknown name, and for a network that fails,
-    returns anything but logits (N, 10), or has too many parameters."""
+    """A freshly initialised network of NETWORKS. Raises UserError if there is none of this name, or if it fails, does
+    not return logits (N, 10), or has too many parameters."""
     if name not in NETWORKS:
-        raise UserError(f"there is no network {name!r:.60}: choose one of {', '.join(NETWORKS)}")
+        raise UserError(f"model.py has no network {name!r:.60}: it has {', '.join(NETWORKS)}")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     try:
         network = NETWORKS[name]()
@@ -263,11 +250,13 @@ def build_network(name: str) -> nn.Module:
             logits = network.eval()(images)  # lazy layers get their parameters here
         shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         if shape == [2, 10]:
-            copy.deepcopy(network).train()(images).sum().backward()
+            trial = copy.deepcopy(network).train()
+            trial(images).sum().backward()
+            export(trial)  # fails if the network keeps activations in attributes, which threads would share
     except UserError:
         raise
     except Exception as error:  # whatever its code raises
-        raise UserError(f"network {name!r} fails, {one_line(error)}: mend it in model.py") from error
+        raise UserError(f"network {name!r} fails, {one_line(error)}: correct it in model.py") from error
     if shape != [2, 10]:
         raise UserError(f"network {name!r} maps two images to {shape}: it must return logits of shape [2, 10]")
     if logits.min() >= 0 and torch.allclose(logits.float().sum(dim=1), torch.ones(2)):
@@ -279,7 +268,7 @@ def build_network(name: str) -> nn.Module:
 
 
 def takes_size(network: nn.Module, size: int) -> bool:
-    """Whether the network, on the CPU, takes images of this size; a linear layer over whole maps binds it to 32."""
+    """Whether the network, on the CPU, takes images of this size; a linear layer on flattened maps fixes it to 32."""
     try:
         with torch.no_grad():
             return copy.deepcopy(network).eval()(torch.zeros(2, 3, size, size)).shape == (2, 10)
@@ -309,24 +298,6 @@ METADATA = {"network": str, "recipe": str, "seed": int, "epochs": float, "valida
 ARCHIVE_LIMIT = 64_000_000  # bytes, many times the size of a checkpoint
 
 
-def atomic_write(path: str | os.PathLike, contents: bytes) -> None:
-    """Write a file whole or not at all: a reader finds the old contents or the new, even after a crash. A link stays
-    a link, and what is no plain file, such as /dev/null, is written to as it is."""
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        path.write_bytes(contents)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(contents)
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save_archive(path: str | os.PathLike, contents: dict) -> None:
     """Write tensors and plain values with torch.save, atomically. Raises OSError when the disk is full."""
     buffer = io.BytesIO()
@@ -352,7 +323,7 @@ def load_archive(path: str | os.PathLike, names: set[str], remedy: str) -> dict:
                 raise ValueError("a checksum does not match, or a tensor is marked as a folder")
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused, since loading it could run code: {remedy}") from error
+        raise UserError(f"{path} is refused because loading it could run code: {remedy}") from error
     except Exception as error:  # damaged bytes make zipfile, zlib and torch fail in many ways
         raise UserError(f"{path} is damaged or of another format ({one_line(error)!r}): {remedy}") from error
     if not isinstance(contents, dict) or contents.keys() != names:
@@ -378,7 +349,7 @@ def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     if not (isinstance(metadata, dict) and metadata.keys() == METADATA.keys()
             and all(type(metadata[name]) is kind for name, kind in METADATA.items())
             and metadata["recipe"].isprintable() and len(metadata["recipe"]) < 100 and 0 <= metadata["seed"] < 2**31):
-        raise UserError(f"{path} does not say what it holds: {remedy}")
+        raise UserError(f"{path} has no valid description of its network: {remedy}")
     network = build_network(metadata["network"])
     try:
         state, shapes = contents["state"], {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -423,7 +394,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("network", nargs="?", choices=NETWORKS, help="one of the networks (default: all)")
     chosen = parser.parse_args(argv).network
     for name in [chosen] if chosen else NETWORKS:
-        network = build_network(name)
+        try:
+            network = build_network(name)
+        except UserError as error:
+            parser.exit(2, f"error: {error}\n")
         rows = layers(network)
         total = ("", "sum", "", count_parameters(network), sum(row[4] for row in rows))
         print(f"\n{name}\n\n{'layer':32}{'type':17}{'output':>9}{'parameters':>12}{'multiply-adds':>15}")

@@ -14,6 +14,7 @@ A run leaves weights.pkl, metrics.csv, accuracy.png, loss.png, result.json and c
 """
 
 import argparse
+import copy
 import dataclasses
 import glob
 import json
@@ -31,7 +32,7 @@ from torch import nn
 import data
 import eval
 import model
-from data import Progress, Split, TrainLoader, UserError, image_size, load_training_data, one_line, resize, say
+from data import Progress, Split, TrainLoader, UserError, image_size, normalize, one_line, resize, say
 from eval import evaluate, infer
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ class Recipe:
 
     network: str = setting("a name in model.NETWORKS")
     # optimisation
-    epochs: float = setting("passes through the training set, augmented or not; the last may be partial", ABOVE_0)
+    epochs: float = setting("passes through the training set with its random versions; need not be whole", ABOVE_0)
     batch_size: int = setting("samples per step", ABOVE_0)
     optimizer: str = setting("sgd, adamw, or muon for the convolutions and sgd for the rest", (
         "sgd, adamw or muon", lambda value: value in ("sgd", "adamw", "muon")))
@@ -112,7 +113,7 @@ def orthogonalize(updates: torch.Tensor, steps: int = 3) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """SGD with momentum whose updates are orthogonalised: each weight is taken as a matrix, one row a filter.
 
-    So all directions of a matrix are learned at one rate. After each step every filter is rescaled to a norm of 1
+    So all directions of a matrix are learned equally fast. After each step every filter is rescaled to a norm of 1
     (Karras et al. 2024, arXiv 2312.02696): the learning rate is the relative size of an update, no filter grows or
     dies, and no weight decay is needed.
     """
@@ -164,22 +165,22 @@ def lr_factor(progress: float, warmup_fraction: float) -> float:
 
 def train_one_epoch(
     network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, optimizers: list[torch.optim.Optimizer],
-    recipe: Recipe, steps: range, total_steps: int, after_step: Callable[[int], None] = lambda step: None,
+    recipe: Recipe, steps: range, sizes: list[int], after_step: Callable[[int], None] = lambda step: None,
 ) -> float:
-    """One pass through `loader`, or a part of it: `steps` are its step numbers, out of the run's `total_steps`.
+    """One pass through `loader`, or a part of it: `steps` are its step numbers, `sizes` the image sizes of all steps.
 
-    The probabilities of `teachers`, if there are any, replace the labels (Hinton et al. 2015, arXiv 1503.02531). The
-    teachers take turns, one a batch: cheaper than their mean, which is the expected target. Returns the mean
-    cross-entropy with the targets of the training, without label smoothing.
+    If there are teachers, their probabilities replace the labels (Hinton et al. 2015, arXiv 1503.02531). They take
+    turns, one per batch, which is cheaper than their mean and has the same expected target. Returns the mean
+    cross-entropy with these targets, without label smoothing.
     """
-    loss_sum = samples = 0  # the sum becomes a tensor: reading its value in each step would stall a GPU
+    loss_sum = samples = 0  # the sum becomes a tensor, which is read once
     network.train()
     for step, (images, labels) in zip(steps, loader, strict=False):  # the last epoch may be partial
-        progress = (step + 0.5) / total_steps  # half a step in: the learning rate is never zero
+        progress = (step + 0.5) / len(sizes)  # in the middle of the step, so the learning rate is never zero
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress, recipe.warmup_fraction)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
-            logits = network(resize(images, image_size(progress, recipe.low_resolution_share))).float()
+            logits = network(resize(images, sizes[step])).float()
             with torch.no_grad():
                 targets = teachers[step % len(teachers)](images).float().softmax(dim=1) if teachers else labels
         network.zero_grad()
@@ -192,10 +193,19 @@ def train_one_epoch(
     return loss_sum.item() / samples
 
 
+def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int]) -> dict[int, float]:
+    """The seconds of a training step for each image size: the least of three, on a copy of the network."""
+    network, recipe, seconds = copy.deepcopy(network), loader.recipe, {}
+    optimizers = build_optimizers(network, recipe)
+    batch = normalize(loader.images[: recipe.batch_size]), loader.labels[: recipe.batch_size]
+    for size in 3 * sorted(set(sizes)):
+        start = time.perf_counter()
+        train_one_epoch(network, teachers, [batch], optimizers, recipe, range(1), [size])
+        seconds[size] = min(seconds.get(size, math.inf), time.perf_counter() - start)
+    return seconds
+
+
 # --- what a run leaves behind ---------------------------------------------------------------------
-
-CHECKPOINT = {"settings", "history", "sittings", "network", "optimizers"}
-
 
 class Run:
     """The directory of a run: its log, graphs and checkpoint, which grow with each epoch, then weights and result.
@@ -208,14 +218,15 @@ class Run:
         self.directory, self.settings, self.network, self.optimizers = directory, settings, network, optimizers
         self.history, self.sittings = [], [machine | {"epochs": 0, "seconds": 0.0}]
         self.start, self.can_draw = time.perf_counter(), True
-        self.draw()  # so that what it lacks is said before the first step
+        self.draw()  # so that a missing matplotlib is reported before the first step
 
     def restore(self) -> None:
-        """Go on where the run in the directory stopped. Raises UserError if there is none, or one of other settings."""
+        """Continue the run in the directory. Raises UserError if there is none, or if its settings differ."""
         path = self.directory / "checkpoint.pt"
         if not path.exists():
-            raise UserError(f"{self.directory} holds no finished epoch: leave out --resume")
-        checkpoint = model.load_archive(path, CHECKPOINT, "start again with --overwrite")
+            raise UserError(f"{self.directory} has no checkpoint to resume: leave out --resume")
+        names = {"settings", "history", "sittings", "network", "optimizers"}
+        checkpoint = model.load_archive(path, names, "start again with --overwrite")
         saved = checkpoint["settings"]
         changes = {name: f"{name} was {saved.get(name)}, is {self.settings.get(name)}"
                    for name in sorted(self.settings | saved) if saved.get(name) != self.settings.get(name)}
@@ -223,24 +234,29 @@ class Run:
             say(f"{precision}: the run goes on in the precision of this machine")
         if changes:
             raise UserError(f"{self.directory} holds another run ({', '.join(changes.values())}): "
-                            "give its options, or another --run-dir")
-        self.network.load_state_dict(checkpoint["network"])
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+                            "repeat its options, or name another --run-dir")
+        try:
+            self.network.load_state_dict(checkpoint["network"])
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path} does not fit the network {self.settings['network']!r}, which has changed since: "
+                            "change it back, or start again with --overwrite") from error
         self.history, self.sittings = checkpoint["history"], checkpoint["sittings"] + self.sittings
 
     def save_epoch(self, row: dict) -> None:
-        if not self.history:  # only now is there something in the place of an older run
-            for name in ("result.json", "weights.pkl"):
-                (self.directory / name).unlink(missing_ok=True)
         history = [*self.history, row]
         self.sittings[-1] |= {"epochs": self.sittings[-1]["epochs"] + 1, "seconds": time.perf_counter() - self.start}
-        table = "".join(",".join(map(str, line)) + "\n" for line in [row, *[row.values() for row in history]])
-        model.atomic_write(self.directory / "metrics.csv", table.encode())
         model.save_archive(self.directory / "checkpoint.pt", {
             "settings": self.settings, "history": history, "sittings": self.sittings,
             "network": self.network.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]})
-        self.history = history  # it is safe from here on
+        if not self.history:  # now there is something in the place of an older run
+            for name in ("result.json", "weights.pkl"):
+                (self.directory / name).unlink(missing_ok=True)
+        self.history = history
+        lines = [row, *[row.values() for row in history]]
+        table = "".join(",".join(map(str, line)) + "\n" for line in lines)
+        data.atomic_write(self.directory / "metrics.csv", table.encode())
         self.draw()
 
     def draw(self) -> None:
@@ -249,40 +265,36 @@ class Run:
             for quantity in ("accuracy", "loss") if self.can_draw else ():
                 graph = eval.plot_history(self.history, quantity, f"CIFAR-10: {self.directory.resolve().name}")
                 if self.history:
-                    model.atomic_write(self.directory / f"{quantity}.png", graph)
+                    data.atomic_write(self.directory / f"{quantity}.png", graph)
         except Exception as error:  # no reason to lose a run
             self.can_draw = False
             say(f"the graphs cannot be drawn ({one_line(error)}): the run goes on without them")
 
-    def finish(self, result: dict, out: Path | None) -> None:
-        """Write the weights, here and at `out`, and result.json."""
+    def finish(self, result: dict, out: Path | None) -> float:
+        """Write the weights, here and at `out`, and result.json. Returns the seconds of all sittings."""
         metadata = {name: kind((self.settings | result)[name]) for name, kind in model.METADATA.items()}
         for path in {self.directory / "weights.pkl", out or self.directory / "weights.pkl"}:
             model.save_weights(path, self.network, metadata)
         self.sittings[-1]["seconds"] = time.perf_counter() - self.start
+        seconds = round(sum(sitting["seconds"] for sitting in self.sittings), 1)
         result = self.settings | {"parameters": model.count_parameters(self.network)} | result | {
-            "seconds": self.seconds(), "sittings": self.sittings}
-        model.atomic_write(self.directory / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-
-    def seconds(self) -> float:
-        return round(sum(sitting["seconds"] for sitting in self.sittings), 1)
+            "seconds": seconds, "sittings": self.sittings}
+        data.atomic_write(self.directory / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        return seconds
 
     def how_to_go_on(self) -> str:
         if not self.history:
-            return "no epoch is finished, so start again with the same command"
+            return "no epoch was finished: start again with the same command"
         return f"the run is safe up to epoch {self.history[-1]['epoch']:g}: the same command with --resume continues it"
 
 
 def check_free(directory: Path) -> None:
     """Raise UserError if the directory holds a run, or files that are not a run's."""
-    names = {path.name for path in directory.iterdir() if path.suffix != ".part"} - {"lock"}
-    remedy = "replace it with --overwrite, or name another --run-dir"
-    if "result.json" in names:
-        raise UserError(f"{directory} holds a finished run: {remedy}")
-    if "checkpoint.pt" in names:
-        raise UserError(f"{directory} holds an unfinished run: continue it with --resume, {remedy}")
+    names = {path.name for path in directory.iterdir() if path.suffix != ".part" and path.name[0] != "."} - {"lock"}
     if names:
-        raise UserError(f"{directory} holds other files: {remedy}")
+        what = ("a finished run" if "result.json" in names else
+                "an unfinished run, which --resume continues" if "checkpoint.pt" in names else "other files")
+        raise UserError(f"{directory} holds {what}: name another --run-dir, or replace them with --overwrite")
 
 
 def table_line(row: dict, left: str = "") -> str:
@@ -293,25 +305,29 @@ def table_line(row: dict, left: str = "") -> str:
 
 # --- the run --------------------------------------------------------------------------------------
 
-def train(run: Run, recipe: Recipe, teachers: list[nn.Module], loader: TrainLoader, splits: dict[str, Split]) -> None:
+def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict[str, Split]) -> None:
     """Train to the last epoch, and after each measure the network on `splits`, which name the columns of the log."""
-    n, total_steps = len(loader), max(1, round(recipe.epochs * len(loader)))
-    evaluated = sum(len(split.images) for split in splits.values())
-    progress = Progress(recipe, n, total_steps, len(run.history) * n, evaluated)
+    recipe, n = loader.recipe, len(loader)
+    total_steps = max(1, round(recipe.epochs * n))
+    sizes = [image_size((step + 0.5) / total_steps, recipe.low_resolution_share) for step in range(total_steps)]
+    seconds = rehearse(run.network, teachers, loader, sizes)
+    progress = Progress([seconds[size] for size in sizes], n)
     for epoch in range(len(run.history), math.ceil(total_steps / n)):
         start = time.perf_counter()
         torch.manual_seed(10_000 * loader.seed + epoch)  # for dropout
         loader.set_epoch(epoch)
         steps = range(epoch * n, min((epoch + 1) * n, total_steps))
-        loss = train_one_epoch(run.network, teachers, loader, run.optimizers, recipe, steps, total_steps,
-                               lambda step, steps=steps: progress.after_step(step, steps))
+        loss = train_one_epoch(
+            run.network, teachers, loader, run.optimizers, recipe, steps, sizes, progress.after_step)
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} in epoch {epoch + 1}: try a smaller --lr")
+            raise UserError(
+                f"the loss is {loss} in epoch {epoch + 1}: try a smaller --lr, or --optimizer adamw --lr 0.001")
         row = {"epoch": min(epoch + 1, recipe.epochs)}
         for prefix, split in splits.items():
             row[f"{prefix}_accuracy"], row[f"{prefix}_loss"] = evaluate(run.network, split)
         lr = run.optimizers[0].param_groups[0]["lr"]
         run.save_epoch(row | {"batch_loss": loss, "lr": lr, "seconds": time.perf_counter() - start})
+        progress.after_epoch()
         say(table_line(run.history[-1], progress.left(steps.stop)))
 
 
@@ -322,8 +338,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe, run_dir: Path) -> tuple:
     for path, (_, metadata) in zip(args.teachers, loaded, strict=True):
         if args.validate and not metadata["validate"]:
             raise UserError(f"{path} has seen the held-out images: with --validate, use teachers trained with it")
-    teachers = [model.export(network).to(device, memory_format=torch.channels_last) for network, _ in loaded]
-    training, test = (split.to(device) for split in load_training_data(args.data_dir, args.validate))
+    teachers = [model.export(network).to(device) for network, _ in loaded]
     torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one on CUDA too
     torch.manual_seed(args.seed)
     network = model.build_network(recipe.network)
@@ -331,8 +346,9 @@ def set_up(args: argparse.Namespace, recipe: Recipe, run_dir: Path) -> tuple:
         say(f"network {recipe.network} takes images of 32x32 only: no progressive resizing")
         recipe = dataclasses.replace(recipe, low_resolution_share=0.0)
     *_, last = network.modules()
-    if args.calibrate != 1 and not isinstance(last, nn.Linear):
+    if args.calibrate != 1 and not (isinstance(last, nn.Linear) and last.out_features == 10):
         raise UserError(f"--calibrate needs a linear last layer, not {type(last).__name__}: leave it out")
+    training, test = (split.to(device) for split in data.load_training_data(args.data_dir, args.validate))
     recipe = dataclasses.replace(  # the settings that take effect
         recipe, amp_bf16=recipe.amp_bf16 and eval.has_bf16(device),
         label_smoothing=0.0 if loaded else recipe.label_smoothing)
@@ -344,12 +360,12 @@ def set_up(args: argparse.Namespace, recipe: Recipe, run_dir: Path) -> tuple:
         run.restore()
     sample = Split(training.images[:eval.TRAIN_SAMPLE], training.labels[:eval.TRAIN_SAMPLE])
     splits = {"train": sample, "val" if args.validate else "test": test}
-    return run, recipe, teachers, TrainLoader(training, recipe, args.seed), splits
+    return run, teachers, TrainLoader(training, recipe, args.seed), splits
 
 
-def print_head(run: Run, recipe: Recipe, loader: TrainLoader, measured: str) -> None:
+def print_head(run: Run, loader: TrainLoader, measured: str) -> None:
     """Print the settings, and the table up to here."""
-    settings, n, sitting = run.settings, len(loader.images), run.sittings[-1]
+    settings, recipe, n, sitting = run.settings, loader.recipe, len(loader.images), run.sittings[-1]
     say(f"recipe {settings['recipe']}, seed {loader.seed}: network {recipe.network}, "
         f"{model.count_parameters(run.network):,} parameters")
     say((f"{n // 3:,} training images, augmented to {n:,}" if recipe.random_versions else f"{n:,} training images")
@@ -364,27 +380,27 @@ def print_head(run: Run, recipe: Recipe, loader: TrainLoader, measured: str) -> 
 
 def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path | None) -> None:
     """Set up a run, train, and print the result."""
-    run, recipe, teachers, loader, splits = set_up(args, recipe, run_dir)
+    run, teachers, loader, splits = set_up(args, recipe, run_dir)
     test = splits["val" if args.validate else "test"]
     measured = f"{len(test.images):,} {'held-out' if args.validate else 'test'} images"
     try:
-        print_head(run, recipe, loader, measured)
-        train(run, recipe, teachers, loader, splits)
+        print_head(run, loader, measured)
+        train(run, teachers, loader, splits)
         if args.validate:
-            log_probabilities = infer(run.network, test.images)
-            say(f"\nthe loss is least with --calibrate {eval.fit_temperature(log_probabilities, test.labels)}")
+            temperature = eval.fit_temperature(infer(run.network, test.images), test.labels)
+            say(f"\nthe held-out loss is lowest with --calibrate {temperature}")
         *_, last = run.network.modules()
         for parameter in last.parameters() if args.calibrate != 1 else ():
             parameter.data /= args.calibrate
         accuracy, loss = evaluate(run.network, test)
-        run.finish({"calibrate": args.calibrate, "accuracy": accuracy, "loss": loss}, out)
+        seconds = run.finish({"calibrate": args.calibrate, "accuracy": accuracy, "loss": loss}, out)
     except OSError as error:  # the disk is full, for example
         raise UserError(f"{error}: {run.how_to_go_on()}") from error
     except KeyboardInterrupt:
         print(f"\nstopped: {run.how_to_go_on()}", file=sys.stderr)
         raise
     files = " and ".join(str(path) for path in (run_dir / "weights.pkl", out) if path)
-    say(f"\n{accuracy:.2f} % of the {measured} after {recipe.epochs:g} epochs and {run.seconds() / 60:.1f} minutes; "
+    say(f"\n{accuracy:.2f} % of the {measured} after {loader.recipe.epochs:g} epochs and {seconds / 60:.1f} minutes; "
         f"the weights are in {files}")
 
 
@@ -395,22 +411,21 @@ def make_parser() -> argparse.ArgumentParser:
     add, path = parser.add_argument, data.path_option
     add("--recipe", choices=RECIPES, default="fast", help="the settings to start from (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
-    add("--teachers", type=path, nargs="+", default=[], metavar="FILE", help="weights of networks to distil")
+    add("--teachers", type=path, nargs="+", default=[], metavar="FILE", help="weights.pkl of networks to distil")
     add("--validate", action="store_true", help="hold out the last 5,000 training images and measure on them")
     add("--calibrate", type=float, default=1.0, metavar="T",
         help="divide the final logits by T; --validate prints the T with the least loss (default: 1)")
-    add("--out", type=path, metavar="FILE", help="for the weights too (default: weights.pkl; with --validate, none)")
-    add("--run-dir", type=path, metavar="DIR", help="for all that a run leaves (default: in runs/, by its settings)")
+    add("--out", type=path, metavar="FILE", help="write the weights here too (default: weights.pkl)")
+    add("--run-dir", type=path, metavar="DIR", help="of the run's files (default: in runs/, named after the settings)")
     add("--resume", action="store_true", help="continue the run in its directory after its last finished epoch")
-    add("--overwrite", action="store_true", help="replace what is in the directory, once the first epoch is finished")
+    add("--overwrite", action="store_true", help="replace the run in the directory, after one new epoch")
     add("--data-dir", type=path, default=data.DEFAULT_DATA_DIR, metavar="DIR", help="default: $CIFAR10_DIR, or data")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
     settings = parser.add_argument_group("settings of a recipe, and their values in each")
     for field in dataclasses.fields(Recipe):
         values = ", ".join(f"{name} {getattr(recipe, field.name)}" for name, recipe in RECIPES.items())
-        kind = {"type": field.type, "metavar": "X"}
-        if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
+        is_flag = field.type is bool
+        kind = {"action": argparse.BooleanOptionalAction} if is_flag else {"type": field.type, "metavar": "X"}
         settings.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{field.metadata['help']} ({values})")
     return parser
 
@@ -428,8 +443,8 @@ def run_command(args: argparse.Namespace) -> int:
                      for name in sorted(glob.glob(str(path))) or [path]]
     words = [args.recipe, f"{recipe.epochs:g}ep", f"seed{args.seed}",
              *[f"{name}={value}" for name, value in changes.items() if name != "epochs"],
-             *["_".join(path.with_suffix("").parts[-2:]) for path in args.teachers]]
-    run_dir = args.run_dir or Path("runs") / "-".join(words + args.validate * ["validate"])
+             *[f"{path.parent.name}_{path.stem}".lstrip("_") for path in args.teachers]]
+    run_dir = args.run_dir or Path("runs") / "-".join(words + args.validate * ["validate"])[:200]
     out = args.out or (None if args.validate else Path("weights.pkl"))
     for path in (run_dir / "weights.pkl", *([out] if out else [])):
         path.parent.mkdir(parents=True, exist_ok=True)

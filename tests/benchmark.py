@@ -43,9 +43,7 @@ def training_step(recipe: Recipe, train: Split, size: int = 32, teachers: int = 
     optimizers = build_optimizers(network, recipe)
     exported = [model.export(network).to(memory_format=torch.channels_last) for _ in range(teachers)]
     batch = normalize(train.images[: recipe.batch_size]), train.labels[: recipe.batch_size]
-    share, total_steps = {16: (0.99, 2), 24: (0.99, 1), 32: (0.0, 1)}[size]  # so that the first step has this size
-    recipe = dataclasses.replace(recipe, low_resolution_share=share)
-    return lambda: train_one_epoch(network, exported, [batch], optimizers, recipe, range(1), total_steps)
+    return lambda: train_one_epoch(network, exported, [batch], optimizers, recipe, range(1), [size])
 
 
 def print_steps(train: Split, rounds: int) -> None:

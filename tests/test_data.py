@@ -42,14 +42,14 @@ def test_the_last_tenth_of_the_training_set_is_held_out(dataset):
 
 
 BAD_ARRAYS = {
-    "shape": ({"train_images": np.zeros((200, 3, 32, 32), np.uint8)}, "of shape (200, 3, 32, 32), expected (200, 32"),
-    "image count": ({"train_images": np.zeros((199, 32, 32, 3), np.uint8)}, "of shape (199, 32, 32, 3), expected"),
-    "scalar": ({"train_images": np.uint8(3)}, "of shape (), expected (200, 32, 32, 3)"),
-    "type": ({"train_images": np.zeros((200, 32, 32, 3), np.float32)}, "float32, expected uint8"),
-    "label type": ({"train_labels": np.zeros(200)}, "float64, expected integers"),
-    "label count": ({"train_labels": np.zeros(199, np.uint8)}, "of shape (199,), expected (200,)"),
-    "class count": ({"train_labels": np.arange(200) % 100}, "of other classes, expected the 10 classes"),
-    "missing class": ({"train_labels": np.arange(200) % 9}, "of other classes, expected the 10 classes"),
+    "shape": ({"train_images": np.zeros((200, 3, 32, 32), np.uint8)}, "uint8 (200, 3, 32, 32), not uint8 (200, 32"),
+    "image count": ({"train_images": np.zeros((199, 32, 32, 3), np.uint8)}, "uint8 (199, 32, 32, 3), not uint8"),
+    "scalar": ({"train_images": np.uint8(3)}, "uint8 (), not uint8 (200, 32, 32, 3)"),
+    "type": ({"train_images": np.zeros((200, 32, 32, 3), np.float32)}, "float32 (200, 32, 32, 3), not uint8"),
+    "label type": ({"train_labels": np.zeros(200)}, "train_labels is not 200 numbers from 0 to 9"),
+    "label count": ({"train_labels": np.zeros(199, np.uint8)}, "is not 200 numbers from 0 to 9"),
+    "class count": ({"train_labels": np.arange(200) % 100}, "is not 200 numbers from 0 to 9"),
+    "missing class": ({"train_labels": np.arange(200) % 9}, "is not 200 numbers from 0 to 9"),
     "objects": ({"train_labels": np.array([None] * 200)}, "is not a whole .npz file of plain arrays"),
     "missing array": ({"train_labels": None}, "train_labels"),
 }
@@ -227,7 +227,7 @@ def test_a_file_that_is_not_the_official_one_is_named_and_kept(name, contents, o
         (official / name).write_bytes(contents)
     elif name == data.ARCHIVE:
         return  # then it is downloaded
-    with pytest.raises(UserError, match=f"{name} is not the official file .md5 [0-9a-fmissng]+, not [0-9a-f]+"):
+    with pytest.raises(UserError, match=f"{name} (has the md5 [0-9a-f]+, not [0-9a-f]+|is missing): move"):
         load_split(official, "train")
     assert not mirrors.requests and (not contents or (official / name).read_bytes() == contents)
 
@@ -251,7 +251,7 @@ def test_the_second_of_two_first_runs_waits(official, mirrors, tmp_path, capsys)
     for thread in threads:
         thread.join()
     assert [len(split.images) for split in loaded] == [100, 100] and mirrors.requests == {"/slow": 2}
-    assert "another process prepares CIFAR-10: waiting" in capsys.readouterr().out
+    assert "waiting for another process that is preparing CIFAR-10" in capsys.readouterr().err
 
 
 def test_no_mirror_works(mirrors, tmp_path, capsys):
@@ -429,7 +429,7 @@ def test_normalize_against_torchvision():
     reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.MEAN.tolist(), data.STD.tolist())])
     normalized = normalize(images)
     assert torch.allclose(normalized, reference(images.permute(0, 3, 1, 2)), atol=1e-5)
-    assert normalized.is_contiguous(memory_format=torch.channels_last)
+    assert normalized.is_contiguous()
 
 
 def test_normalisation_constants(real_data):
@@ -445,7 +445,7 @@ def test_progressive_resizing():
     assert sizes == [16, 16, 24, 24, 32, 32] and data.image_size(0.0, 0.0) == 32
     assert data.resize(images, 32) is images
     small = data.resize(images, 16)
-    assert small.shape == (5, 3, 16, 16) and small.is_contiguous(memory_format=torch.channels_last)
+    assert small.shape == (5, 3, 16, 16) and small.is_contiguous()
     assert torch.allclose(data.resize(images.flip(3), 16), small.flip(3), atol=1e-5)
     assert torch.allclose(small.mean(), images.mean(), atol=0.02)
     grey = torch.full((1, 3, 32, 32), 0.7)

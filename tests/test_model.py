@@ -99,6 +99,14 @@ class Linear(nn.Module):
         return self.after(self.linear(self.before(images.flatten(1))))
 
 
+class Keeps(Linear):
+    """Its activations would be shared by the threads of the evaluation."""
+
+    def forward(self, images):
+        self.kept = super().forward(images)
+        return self.kept
+
+
 class Pair(nn.Module):
     def forward(self, images):
         return images, images
@@ -114,6 +122,7 @@ class Pair(nn.Module):
     (lambda: Linear(after=nn.Softmax(dim=1)), "returns probabilities: leave out its softmax"),
     (lambda: Linear(before=nn.Linear(99, 3072)), "network 'mine' fails, RuntimeError: mat1 and mat2 shapes cannot be"),
     (lambda width: None, "network 'mine' fails, TypeError: "),
+    (lambda: Keeps(), "network 'mine' fails, RuntimeError: Only Tensors created explicitly"),
     (lambda: model.FlipNet((33, 64, 64), (0, 3, 4)), "a width of 33 has no two halves"),
     (lambda: model.FlipNet((32, 64, 63), (0, 3, 4)), "a width of 63 has no two halves"),
 ])
@@ -327,15 +336,15 @@ BAD_WEIGHTS = {
     "a tensor marked as a folder": (mark_a_tensor_as_a_folder, "a checksum does not match"),
     "too large": (change_state({"x": torch.zeros(20_000_000)}), "more than 64,000,000 bytes"),
     "too large when unpacked": (write_a_zip_bomb, "more than 64,000,000 bytes"),
-    "unknown network": (change_metadata(network="other"), "there is no network 'other'"),
-    "an earlier version's gated network": (change_metadata(network="gated 3200000x1@32"), "there is no network 'gated"),
-    "an earlier version's paired network": (change_metadata(network="paired 32x99999999@32"), "there is no network"),
-    "network of another type": (change_metadata(network=["report"]), "does not say what it holds"),
-    "epochs of another type": (change_metadata(epochs="twenty"), "does not say what it holds"),
-    "control characters": (change_metadata(recipe="\x1b[31mred"), "does not say what it holds"),
-    "control characters in the network": (change_metadata(network="\x1b[31mred"), r"there is no network '\x1b[31mred'"),
-    "a long recipe": (change_metadata(recipe="fast" * 1000), "does not say what it holds"),
-    "more metadata": (change_metadata(other=1), "does not say what it holds"),
+    "unknown network": (change_metadata(network="other"), "model.py has no network 'other'"),
+    "an earlier version's gated network": (change_metadata(network="gated 3200000x1@32"), "has no network 'gated"),
+    "an earlier version's paired network": (change_metadata(network="paired 32x99999999@32"), "has no network"),
+    "network of another type": (change_metadata(network=["report"]), "has no valid description of its network"),
+    "epochs of another type": (change_metadata(epochs="twenty"), "has no valid description of its network"),
+    "control characters": (change_metadata(recipe="\x1b[31mred"), "has no valid description of its network"),
+    "control characters in the network": (change_metadata(network="\x1b[31mred"), r"has no network '\x1b[31mred'"),
+    "a long recipe": (change_metadata(recipe="fast" * 1000), "has no valid description of its network"),
+    "more metadata": (change_metadata(other=1), "has no valid description of its network"),
     "other shapes": (change_state(nn.Linear(3, 3).state_dict()), "do not fit the network 'report'"),
     "no tensors": (change_state({"features.0.weight": 3}), "do not fit the network 'report'"),
     "a state of another type": (change_state(3), "do not fit the network 'report'"),
