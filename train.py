@@ -400,8 +400,8 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: P
         print(f"\nstopped: {run.how_to_go_on()}", file=sys.stderr)
         raise
     files = " and ".join(str(path) for path in (run_dir / "weights.pkl", out) if path)
-    say(f"\n{accuracy:.2f} % of the {measured} after {loader.recipe.epochs:g} epochs and {seconds / 60:.1f} minutes; "
-        f"the weights are in {files}")
+    epochs = f"{loader.recipe.epochs:g} epoch{'' if loader.recipe.epochs == 1 else 's'}"
+    say(f"\n{accuracy:.2f} % of the {measured} after {epochs} and {seconds / 60:.1f} minutes; the weights are in {files}")
 
 
 # --- the command ----------------------------------------------------------------------------------
