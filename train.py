@@ -401,7 +401,8 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: P
         raise
     files = " and ".join(str(path) for path in (run_dir / "weights.pkl", out) if path)
     epochs = f"{loader.recipe.epochs:g} epoch{'' if loader.recipe.epochs == 1 else 's'}"
-    say(f"\n{accuracy:.2f} % of the {measured} after {epochs} and {seconds / 60:.1f} minutes; the weights are in {files}")
+    say(f"\n{accuracy:.2f} % of the {measured} after {epochs} and {seconds / 60:.1f} minutes; "
+        f"the weights are in {files}")
 
 
 # --- the command ----------------------------------------------------------------------------------

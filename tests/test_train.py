@@ -207,16 +207,16 @@ def test_the_time_left(monkeypatch):
     """It is right from the first epoch on, however slow the machine is in all, and counts what is not training."""
     clock = [0.0]
     monkeypatch.setattr(data.time, "perf_counter", lambda: clock[0])
-    costs = [0.1] * 15 + [0.3] * 20 + [1.0] * 65  # as rehearsed
-    progress, left, times = data.Progress(costs, 10), {}, {}
+    costs = [0.1] * 150 + [0.3] * 200 + [1.0] * 650  # as rehearsed
+    progress, left, times = data.Progress(costs, 100), {}, {}
     for step, cost in enumerate(costs):
-        clock[0] += 2 * cost + 7 * (step % 10 == 0)  # twice as slow; 7 seconds of augmentation
+        clock[0] += 2 * cost + 7 * (step % 100 == 0)  # twice as slow; 7 seconds of augmentation
         progress.after_step(step)
-        if step % 10 == 9:
+        if step % 100 == 99:
             clock[0] += 5  # of evaluation
             progress.after_epoch()
         left[step], times[step] = progress.left(step + 1), clock[0]
-    for step in (9, 19, 50, 89, 99):
+    for step in (50, 99, 199, 550, 899, 999):
         hours, minutes, seconds = map(int, left[step].split(":"))
         assert 3600 * hours + 60 * minutes + seconds == pytest.approx(clock[0] - times[step], rel=0.05, abs=1), step
 
