@@ -118,8 +118,8 @@ def load_split(data_dir: str | os.PathLike, name: str) -> Split:
     if images.dtype != np.uint8 or images.shape != shape:
         found = f"{images.dtype} {images.shape}, not uint8 {shape}"
         raise UserError(f"{data_dir / NPZ}: {name}_images is {found}: {REMEDY}")
-    if labels.shape != shape[:1] or set(labels.flat) != set(range(10)):
-        raise UserError(f"{data_dir / NPZ}: {name}_labels is not {shape[0]:,} numbers from 0 to 9: {REMEDY}")
+    if labels.dtype.kind not in "iu" or labels.shape != shape[:1] or set(labels.flat) != set(range(10)):
+        raise UserError(f"{data_dir / NPZ}: {name}_labels is not {shape[0]:,} integers from 0 to 9: {REMEDY}")
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
 
