@@ -1,10 +1,11 @@
 """CIFAR-10: find or download it, augment the training set, and serve it in batches.
 
-Images stay uint8 in one tensor (N, 32, 32, 3) from the file to the batch: 154 MB for the 50,000 of
-the training set, 460 MB for the augmented training set. A batch is normalised as it is served.
+Images stay uint8 in one tensor (N, 32, 32, 3) from the file to the batch: 154 MB for the 50,000 of the training set,
+460 MB for the augmented training set. A batch is normalised as it is served.
 """
 
 import contextlib
+import datetime
 import http.client
 import math
 import os
@@ -155,20 +156,20 @@ def read_official_files(data_dir: Path, name: str) -> tuple[np.ndarray, np.ndarr
     No file is replaced. Raises UserError for one that is not the official one.
     """
     from torchvision.datasets import CIFAR10  # slow to import, and most runs read cifar10.npz
-    from torchvision.datasets.utils import calculate_md5, extract_archive
+    from torchvision.datasets.utils import calculate_md5, check_integrity, extract_archive
 
     def check(path: Path, md5: str) -> None:
-        found = f"has the md5 {calculate_md5(path)}, not {md5}" if path.exists() else "is missing"
-        if md5 not in found.partition(",")[0]:
+        if not check_integrity(path, md5):
+            what = f"has the md5 {calculate_md5(path)}, not {md5}" if path.exists() else "is missing"
             where = path.name if path.name == ARCHIVE else FOLDER
-            raise UserError(f"{path} {found}: move {where} away, to have it downloaded, or name another --data-dir")
+            raise UserError(f"{path} {what}: move {where} away, to have it downloaded, or name another --data-dir")
 
     if not (data_dir / FOLDER).exists():
         data_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(data_dir, os.W_OK):
             raise UserError(f"{data_dir} is read-only, and {FOLDER} must be unpacked there: copy {ARCHIVE} elsewhere, "
                             "and name its folder with --data-dir")
-        with (hold_lock(data_dir / "cifar10.lock", wait="waiting for another process that is preparing CIFAR-10"),
+        with (hold_lock(data_dir / "cifar10.lock", "another process is preparing CIFAR-10: waiting for it", wait=True),
               tempfile.TemporaryDirectory(dir=data_dir, suffix=".part") as temporary):
             if not (data_dir / FOLDER).exists():
                 archive = data_dir / ARCHIVE if (data_dir / ARCHIVE).exists() else download(Path(temporary))
@@ -199,16 +200,16 @@ def download(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, wait: str | None = None) -> Iterator[None]:
-    """Hold a lock file. If another process holds it, print `wait` and wait; without `wait`, raise filelock.Timeout.
+def hold_lock(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file. If another process holds it, raise UserError with the message `busy`, or print it and `wait`.
     Where a folder is read-only, or a network drive has no locks, go on without one."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
-    except Timeout:
-        if wait is None:
-            raise
-        print(wait, file=sys.stderr)
+    except Timeout as error:
+        if not wait:
+            raise UserError(busy) from error
+        print(busy, file=sys.stderr)
         lock.acquire()
     except (OSError, NotImplementedError) as error:
         print(f"warning: {path} cannot be locked ({error}): let no other process write there", file=sys.stderr)
@@ -347,41 +348,25 @@ class Progress:
     """Shows how far a run is and how long it will take: on a terminal in place, in a log file now and then.
 
     Args:
-        costs: for each step of the run, its seconds when it was rehearsed. Only their ratios count; the first steps of
-            progressive resizing are the cheapest.
+        costs: the seconds of each step of the run, with what comes before and after it. Only their ratios count.
+        first: the step from which the run goes on.
         steps_per_epoch: of a whole epoch.
     """
 
-    def __init__(self, costs: list[float], steps_per_epoch: int):
-        self.costs, self.steps_per_epoch = costs, steps_per_epoch
-        self.seconds = self.cost = 0.0   # of the steps so far
-        self.rest, self.epochs = 0.0, 0  # seconds of augmentation and evaluation, in so many epochs
-        self.last = time.perf_counter()
-        self.next_line = self.last + 60  # when a log file gets a line
-
-    def lap(self) -> float:
-        """The seconds since the last call."""
-        last, self.last = self.last, time.perf_counter()
-        return self.last - last
+    def __init__(self, costs: list[float], first: int, steps_per_epoch: int):
+        self.costs, self.first, self.steps_per_epoch = costs, first, steps_per_epoch
+        self.start = time.perf_counter()
+        self.next_line = self.start + 60  # when a log file gets a line
 
     def left(self, step: int) -> str:
-        """The time left before step number `step`, as h:mm:ss."""
-        epochs = math.ceil((len(self.costs) - step) / self.steps_per_epoch)
-        seconds = sum(self.costs[step:]) * self.seconds / (self.cost or 1) + epochs * self.rest / (self.epochs or 1)
-        minutes, seconds = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        """The time left after step number `step`, as h:mm:ss."""
+        seconds = time.perf_counter() - self.start
+        seconds *= sum(self.costs[step + 1 :]) / sum(self.costs[self.first : step + 1])
+        return str(datetime.timedelta(seconds=round(seconds)))
 
     def after_step(self, step: int) -> None:
-        n = step % self.steps_per_epoch + 1
-        if n == 1:
-            self.rest += self.lap()  # the first batch waits for the augmentation
-        else:
-            self.seconds, self.cost = self.seconds + self.lap(), self.cost + self.costs[step]
-        is_terminal = sys.stdout.isatty()
-        if n % 10 == 0 if is_terminal else self.last > self.next_line:
-            line = f"      step {n} of {self.steps_per_epoch}, {self.left(step + 1)} left"
+        is_terminal, now = sys.stdout.isatty(), time.perf_counter()
+        if step % 10 == 9 if is_terminal else now > self.next_line:
+            line = f"      step {step % self.steps_per_epoch + 1} of {self.steps_per_epoch}, {self.left(step)} left"
             say(f"\r{line}\r" if is_terminal else line, end="" if is_terminal else "\n")
-            self.next_line = self.last + 600
-
-    def after_epoch(self) -> None:
-        self.rest, self.epochs, self.next_line = self.rest + self.lap(), self.epochs + 1, self.last + 60
+            self.next_line = now + 600

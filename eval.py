@@ -310,14 +310,20 @@ def print_report(report: dict, device: torch.device, min_accuracy: float) -> Non
         f"{'at least' if report['passed'] else 'below'} the bar of {min_accuracy:g} %")
 
 
+# --- graphs ---------------------------------------------------------------------------------------
+
 TRAIN_SAMPLE = 5_000  # training images, not augmented, that train.py measures the network on after each epoch
+
+
+def new_figure(width: float, height: float):
+    from matplotlib.figure import Figure  # slow to import, and needed only here
+
+    return Figure(figsize=(width, height), layout="constrained")  # inches
 
 
 def plot_history(history: list[dict], quantity: str, title: str) -> bytes:
     """A PNG file of the "accuracy" or the "loss" per epoch, for rows as in metrics.csv."""
-    from matplotlib.figure import Figure  # slow to import, and needed only here
-
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
     labels = {"train": f"{TRAIN_SAMPLE:,} training images", "val": "held-out images", "test": "test set"}
     for prefix, label in labels.items():
@@ -335,9 +341,7 @@ def plot_history(history: list[dict], quantity: str, title: str) -> bytes:
 
 def plot_confusion(report: dict, path: Path) -> None:
     """Draw the confusion matrix as a PNG file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    figure = new_figure(6.4, 5.6)
     axes = figure.subplots()
     confusion = np.array(report["confusion"])
     axes.imshow(confusion, cmap="Blues")
@@ -352,9 +356,7 @@ def plot_confusion(report: dict, path: Path) -> None:
 
 def plot_mistakes(report: dict, test: Split, path: Path) -> None:
     """Draw the most confident mistakes, each with its class and the class and probability that were predicted."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 8.0), layout="constrained")
+    figure = new_figure(9.6, 8.0)
     figure.suptitle("CIFAR-10 test set, most confident mistakes: class, then predicted class and its probability")
     for axes in figure.subplots(4, 6).flat:
         axes.axis("off")

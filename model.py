@@ -74,17 +74,16 @@ class ReportNet(nn.Module):
 
 # --- flip-equivariant layers --------------------------------------------------------------------
 #
-# The channels of a flip-equivariant layer are two halves, [a | b]. Flipping the image left to right
-# flips every map and swaps a and b; nothing else changes. This is a group-equivariant convolution
-# (Cohen & Welling 2016, arXiv 1602.07576; Weiler & Cesa 2019, arXiv 1911.08251) for the group of one
-# flip. One half determines the other, so a layer stores the parameters of one half only.
+# The channels of a flip-equivariant layer are two halves, [a | b]. Flipping the image left to right flips every map and
+# swaps a and b; nothing else changes. This is a group-equivariant convolution (Cohen & Welling 2016, arXiv 1602.07576;
+# Weiler & Cesa 2019, arXiv 1911.08251) for the group of one flip. A layer stores the parameters of one half only.
 
 
 class FlipConv2d(nn.Module):
     """Flip-equivariant convolution without bias: (N, C_in, H, W) -> (N, C_out, H, W).
 
-    Half of the filters are parameters. The other half are the same filters flipped, with the two
-    halves of their input channels swapped where a filter sees both.
+    Half of the filters are parameters. The other half are the same filters flipped, with the two halves of their input
+    channels swapped where a filter sees both.
 
     Args:
         in_channels: 3 for the image itself, which has no halves (the lifting convolution); else even.
@@ -308,8 +307,7 @@ def save_archive(path: str | os.PathLike, contents: dict) -> None:
 def load_archive(path: str | os.PathLike, names: set[str], remedy: str) -> dict:
     """Read what `save_archive` wrote. Checksums are verified, and no code in the file is run.
 
-    Raises UserError, its message ending with `remedy`, if the file is missing or damaged, or if it holds anything
-    but tensors and plain values under these names.
+    Raises UserError, ending with `remedy`, if the file is missing, damaged, or not a dict of these names.
     """
     path = Path(path)
     if not path.is_file():
@@ -326,9 +324,9 @@ def load_archive(path: str | os.PathLike, names: set[str], remedy: str) -> dict:
         raise UserError(f"{path} is refused because loading it could run code: {remedy}") from error
     except Exception as error:  # damaged bytes make zipfile, zlib and torch fail in many ways
         raise UserError(f"{path} is damaged or of another format ({one_line(error)!r}): {remedy}") from error
-    if not isinstance(contents, dict) or contents.keys() != names:
-        found = ", ".join(map(str, contents))[:200] if isinstance(contents, dict) else type(contents).__name__
-        raise UserError(f"{path} holds {found!r}, not {', '.join(sorted(names))}: {remedy}")
+    found = list(map(str, contents)) if isinstance(contents, dict) else [type(contents).__name__]
+    if set(found) != names:
+        raise UserError(f"{path} holds {', '.join(found)[:200]!r}, not {', '.join(sorted(names))}: {remedy}")
     return contents
 
 
@@ -339,10 +337,8 @@ def save_weights(path: str | os.PathLike, network: nn.Module, metadata: dict) ->
 
 
 def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
-    """The network that `save_weights` wrote, on the CPU and in evaluation mode, and its metadata.
-
-    Raises UserError if the file is missing or damaged, or does not fit a network of this model.py.
-    """
+    """The network that `save_weights` wrote, on the CPU and in evaluation mode, and its metadata. Raises UserError if
+    the file is missing or damaged, or does not fit a network of this model.py."""
     remedy = "name the weights.pkl of a finished run, or train one with: python train.py --out FILE"
     contents = load_archive(path, {"metadata", "state"}, remedy)
     metadata = contents["metadata"]
@@ -351,16 +347,20 @@ def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
             and metadata["recipe"].isprintable() and len(metadata["recipe"]) < 100 and 0 <= metadata["seed"] < 2**31):
         raise UserError(f"{path} has no valid description of its network: {remedy}")
     network = build_network(metadata["network"])
+    load_state(network, contents["state"], path, metadata["network"])
+    return network.eval(), metadata
+
+
+def load_state(network: nn.Module, state: dict, path: str | os.PathLike, name: str) -> None:
+    """Give the network of this name the state that was read from `path`. Raises UserError if it does not fit."""
     try:
-        state, shapes = contents["state"], {name: tensor.shape for name, tensor in network.state_dict().items()}
-        for name in state.keys() & shapes.keys():
-            if state[name].ndim == 2 and len(shapes[name]) == 4:  # earlier versions kept a convolution as a matrix
-                state[name] = state[name].view(shapes[name])
+        for key, tensor in network.state_dict().items():
+            if state[key].ndim == 2 and tensor.ndim == 4:  # earlier versions kept a convolution as a matrix
+                state[key] = state[key].view(tensor.shape)
         network.load_state_dict(state)
     except Exception as error:  # other names or shapes, or no tensors at all
-        raise UserError(f"the tensors in {path} do not fit the network {metadata['network']!r} of this model.py: "
-                         "train again, or use the model.py they were trained with") from error
-    return network.eval(), metadata
+        raise UserError(f"the tensors in {path} do not fit the network {name!r} of this model.py: "
+                        "train again, or use the model.py they were trained with") from error
 
 
 def describe_training(metadata: dict) -> str:

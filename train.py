@@ -21,18 +21,18 @@ import json
 import math
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from filelock import Timeout  # a dependency of torch
 from torch import nn
 
 import data
 import eval
 import model
-from data import Progress, Split, TrainLoader, UserError, image_size, normalize, one_line, resize, say
+from data import Progress, Split, TrainLoader, UserError, image_size, one_line, resize, say
 from eval import evaluate, infer
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -193,16 +193,27 @@ def train_one_epoch(
     return loss_sum.item() / samples
 
 
-def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int]) -> dict[int, float]:
-    """The seconds of a training step for each image size: the least of three, on a copy of the network."""
-    network, recipe, seconds = copy.deepcopy(network), loader.recipe, {}
+def rehearse(
+    network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int], evaluated: int,
+) -> list[float]:
+    """The seconds of each step of a run, tried with a copy of the network on a few images. The first step of an epoch
+    comes with its augmentation, the last one with the evaluation on so many images."""
+    network, recipe, n = copy.deepcopy(network), loader.recipe, len(loader)
+    few = TrainLoader(Split(loader.images[:150], loader.labels[:150]), recipe)
     optimizers = build_optimizers(network, recipe)
-    batch = normalize(loader.images[: recipe.batch_size]), loader.labels[: recipe.batch_size]
-    for size in 3 * sorted(set(sizes)):
-        start = time.perf_counter()
-        train_one_epoch(network, teachers, [batch], optimizers, recipe, range(1), [size])
-        seconds[size] = min(seconds.get(size, math.inf), time.perf_counter() - start)
-    return seconds
+
+    def seconds(task: Callable) -> float:
+        return min(timeit.repeat(task, number=1, repeat=3))
+
+    of_size = {size: seconds(lambda size=size: train_one_epoch(
+        network, teachers, few, optimizers, recipe, range(1), [size])) for size in set(sizes)}
+    costs = [of_size[size] for size in sizes]
+    augmentation = seconds(lambda: few.augment(0)) / len(few.images) if recipe.random_versions else 0
+    evaluation = seconds(lambda: infer(network, few.images)) / len(few.images)
+    for first in range(0, len(costs), n):
+        costs[first] += augmentation * len(loader.images) if recipe.resample or first == 0 else 0
+        costs[min(first + n, len(costs)) - 1] += evaluation * evaluated
+    return costs
 
 
 # --- what a run leaves behind ---------------------------------------------------------------------
@@ -217,6 +228,7 @@ class Run:
     def __init__(self, directory: Path, settings: dict, machine: dict, network: nn.Module, optimizers: list):
         self.directory, self.settings, self.network, self.optimizers = directory, settings, network, optimizers
         self.history, self.sittings = [], [machine | {"epochs": 0, "seconds": 0.0}]
+        self.prefix = "val" if settings["validate"] else "test"  # of the columns that measure the network
         self.start, self.can_draw = time.perf_counter(), True
         self.draw()  # so that a missing matplotlib is reported before the first step
 
@@ -235,13 +247,9 @@ class Run:
         if changes:
             raise UserError(f"{self.directory} holds another run ({', '.join(changes.values())}): "
                             "repeat its options, or name another --run-dir")
-        try:
-            self.network.load_state_dict(checkpoint["network"])
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} does not fit the network {self.settings['network']!r}, which has changed since: "
-                            "change it back, or start again with --overwrite") from error
+        model.load_state(self.network, checkpoint["network"], path, self.settings["network"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.history, self.sittings = checkpoint["history"], checkpoint["sittings"] + self.sittings
 
     def save_epoch(self, row: dict) -> None:
@@ -297,10 +305,9 @@ def check_free(directory: Path) -> None:
         raise UserError(f"{directory} holds {what}: name another --run-dir, or replace them with --overwrite")
 
 
-def table_line(row: dict, left: str = "") -> str:
-    epoch, train_accuracy, train_loss, accuracy, loss, _, lr, seconds = row.values()
-    return (f"{epoch:5g}  {train_loss:10.4f}  {train_accuracy:8.2f}%  {loss:9.4f}  {accuracy:7.2f}%  {lr:8.5f}"
-            f"  {seconds:7.1f}  {left:>9}")
+def table_line(row: dict, prefix: str, left: str = "") -> str:
+    return (f"{row['epoch']:5g}  {row['train_loss']:10.4f}  {row['train_accuracy']:8.2f}%  {row[f'{prefix}_loss']:9.4f}"
+            f"  {row[f'{prefix}_accuracy']:7.2f}%  {row['lr']:8.5f}  {row['seconds']:7.1f}  {left:>9}")
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -310,8 +317,8 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
     recipe, n = loader.recipe, len(loader)
     total_steps = max(1, round(recipe.epochs * n))
     sizes = [image_size((step + 0.5) / total_steps, recipe.low_resolution_share) for step in range(total_steps)]
-    seconds = rehearse(run.network, teachers, loader, sizes)
-    progress = Progress([seconds[size] for size in sizes], n)
+    costs = rehearse(run.network, teachers, loader, sizes, sum(len(split.labels) for split in splits.values()))
+    progress = Progress(costs, len(run.history) * n, n)
     for epoch in range(len(run.history), math.ceil(total_steps / n)):
         start = time.perf_counter()
         torch.manual_seed(10_000 * loader.seed + epoch)  # for dropout
@@ -327,82 +334,82 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
             row[f"{prefix}_accuracy"], row[f"{prefix}_loss"] = evaluate(run.network, split)
         lr = run.optimizers[0].param_groups[0]["lr"]
         run.save_epoch(row | {"batch_loss": loss, "lr": lr, "seconds": time.perf_counter() - start})
-        progress.after_epoch()
-        say(table_line(run.history[-1], progress.left(steps.stop)))
+        say(table_line(run.history[-1], run.prefix, progress.left(steps[-1])))
 
 
-def set_up(args: argparse.Namespace, recipe: Recipe, run_dir: Path) -> tuple:
-    """The arguments of `train`."""
-    device = eval.pick_device(args.device)
-    loaded = [model.load_weights(path) for path in args.teachers]
-    for path, (_, metadata) in zip(args.teachers, loaded, strict=True):
-        if args.validate and not metadata["validate"]:
+def load_teachers(paths: list[Path], validate: bool) -> tuple[list[nn.Module], list[str]]:
+    """The networks saved in these files, and how each was trained."""
+    loaded = [model.load_weights(path) for path in paths]
+    for path, (_, metadata) in zip(paths, loaded, strict=True):
+        if validate and not metadata["validate"]:
             raise UserError(f"{path} has seen the held-out images: with --validate, use teachers trained with it")
-    teachers = [model.export(network).to(device) for network, _ in loaded]
-    torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one on CUDA too
-    torch.manual_seed(args.seed)
-    network = model.build_network(recipe.network)
+    return [network for network, _ in loaded], [model.describe_training(metadata) for _, metadata in loaded]
+
+
+def settings_in_effect(recipe: Recipe, network: nn.Module, has_teachers: bool, device: torch.device) -> Recipe:
+    """The recipe, less what this network, the teachers or the device leave without effect."""
     if recipe.low_resolution_share and not all(model.takes_size(network, size) for size in (16, 24)):
         say(f"network {recipe.network} takes images of 32x32 only: no progressive resizing")
         recipe = dataclasses.replace(recipe, low_resolution_share=0.0)
-    *_, last = network.modules()
-    if args.calibrate != 1 and not (isinstance(last, nn.Linear) and last.out_features == 10):
-        raise UserError(f"--calibrate needs a linear last layer, not {type(last).__name__}: leave it out")
-    training, test = (split.to(device) for split in data.load_training_data(args.data_dir, args.validate))
-    recipe = dataclasses.replace(  # the settings that take effect
-        recipe, amp_bf16=recipe.amp_bf16 and eval.has_bf16(device),
-        label_smoothing=0.0 if loaded else recipe.label_smoothing)
-    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
-                "teachers": [model.describe_training(metadata) for _, metadata in loaded]}
-    optimizers = build_optimizers(network.to(device), recipe)
-    run = Run(run_dir, settings, eval.describe_machine(device) | {"bfloat16": recipe.amp_bf16}, network, optimizers)
-    if args.resume:
-        run.restore()
-    sample = Split(training.images[:eval.TRAIN_SAMPLE], training.labels[:eval.TRAIN_SAMPLE])
-    splits = {"train": sample, "val" if args.validate else "test": test}
-    return run, teachers, TrainLoader(training, recipe, args.seed), splits
+    return dataclasses.replace(recipe, amp_bf16=recipe.amp_bf16 and eval.has_bf16(device),
+                               label_smoothing=0.0 if has_teachers else recipe.label_smoothing)
 
 
 def print_head(run: Run, loader: TrainLoader, measured: str) -> None:
     """Print the settings, and the table up to here."""
-    settings, recipe, n, sitting = run.settings, loader.recipe, len(loader.images), run.sittings[-1]
-    say(f"recipe {settings['recipe']}, seed {loader.seed}: network {recipe.network}, "
+    recipe, n, machine = loader.recipe, len(loader.images), run.sittings[-1]
+    say(f"recipe {run.settings['recipe']}, seed {loader.seed}: network {recipe.network}, "
         f"{model.count_parameters(run.network):,} parameters")
     say((f"{n // 3:,} training images, augmented to {n:,}" if recipe.random_versions else f"{n:,} training images")
         + f"; measured on {measured}")
-    say(f"device {sitting['device']}, {sitting['threads']} threads, {'bfloat16' if recipe.amp_bf16 else 'float32'}")
+    say(f"device {machine['device']}, {machine['threads']} threads, {'bfloat16' if recipe.amp_bf16 else 'float32'}")
     say(f"log, graphs and weights go to {run.directory}\n")
-    prefix = "val" if settings["validate"] else "test"
-    say(f"epoch  train loss  train acc  {prefix:>4} loss  {prefix:>4} acc        lr  seconds  time left")
+    say(f"epoch  train loss  train acc  {run.prefix:>4} loss  {run.prefix:>4} acc        lr  seconds  time left")
     for row in run.history:
-        say(table_line(row))
+        say(table_line(row, run.prefix))
 
 
 def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path | None) -> None:
     """Set up a run, train, and print the result."""
-    run, teachers, loader, splits = set_up(args, recipe, run_dir)
-    test = splits["val" if args.validate else "test"]
+    device = eval.pick_device(args.device)
+    teachers, descriptions = load_teachers(args.teachers, args.validate)
+    torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one on CUDA too
+    torch.manual_seed(args.seed)
+    network = model.build_network(recipe.network)
+    recipe = settings_in_effect(recipe, network, bool(teachers), device)
+    *_, last = network.modules()
+    if args.calibrate != 1 and not (isinstance(last, nn.Linear) and last.out_features == 10):
+        raise UserError(f"--calibrate needs a linear last layer, not {type(last).__name__}: leave it out")
+    training, test = (split.to(device) for split in data.load_training_data(args.data_dir, args.validate))
+    loader = TrainLoader(training, recipe, args.seed)
+    sample = Split(training.images[:eval.TRAIN_SAMPLE], training.labels[:eval.TRAIN_SAMPLE])
     measured = f"{len(test.images):,} {'held-out' if args.validate else 'test'} images"
+    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
+                "teachers": descriptions}
+    optimizers = build_optimizers(network.to(device), recipe)
+    run = Run(run_dir, settings, eval.describe_machine(device) | {"bfloat16": recipe.amp_bf16}, network, optimizers)
+    if args.resume:
+        run.restore()
     try:
         print_head(run, loader, measured)
-        train(run, teachers, loader, splits)
+        train(run, [model.export(teacher).to(device) for teacher in teachers], loader,
+              {"train": sample, run.prefix: test})
+        log_probabilities = infer(network, test.images)
         if args.validate:
-            temperature = eval.fit_temperature(infer(run.network, test.images), test.labels)
+            temperature = eval.fit_temperature(log_probabilities, test.labels)
             say(f"\nthe held-out loss is lowest with --calibrate {temperature}")
-        *_, last = run.network.modules()
         for parameter in last.parameters() if args.calibrate != 1 else ():
             parameter.data /= args.calibrate
-        accuracy, loss = evaluate(run.network, test)
+        accuracy, loss = eval.accuracy_and_loss((log_probabilities / args.calibrate).log_softmax(dim=1), test.labels)
         seconds = run.finish({"calibrate": args.calibrate, "accuracy": accuracy, "loss": loss}, out)
     except OSError as error:  # the disk is full, for example
         raise UserError(f"{error}: {run.how_to_go_on()}") from error
     except KeyboardInterrupt:
         print(f"\nstopped: {run.how_to_go_on()}", file=sys.stderr)
         raise
-    files = " and ".join(str(path) for path in (run_dir / "weights.pkl", out) if path)
-    epochs = f"{loader.recipe.epochs:g} epoch{'' if loader.recipe.epochs == 1 else 's'}"
+    epochs = f"{recipe.epochs:g} epoch{'' if recipe.epochs == 1 else 's'}"
     say(f"\n{accuracy:.2f} % of the {measured} after {epochs} and {seconds / 60:.1f} minutes; "
-        f"the weights are in {files}")
+        f"the weights are in {' and '.join(str(path) for path in (run_dir / 'weights.pkl', out) if path)}")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -450,13 +457,11 @@ def run_command(args: argparse.Namespace) -> int:
     for path in (run_dir / "weights.pkl", *([out] if out else [])):
         path.parent.mkdir(parents=True, exist_ok=True)
         data.check_writable(path)
-    try:
-        with data.hold_lock(run_dir / "lock"):
-            if not args.resume and not args.overwrite:
-                check_free(run_dir)
-            run_training(args, recipe, run_dir, out)
-    except Timeout as error:
-        raise UserError(f"another process trains in {run_dir}: wait for it, or name another --run-dir") from error
+    busy = f"another process trains in {run_dir}: wait for it, or name another --run-dir"
+    with data.hold_lock(run_dir / "lock", busy):
+        if not args.resume and not args.overwrite:
+            check_free(run_dir)
+        run_training(args, recipe, run_dir, out)
     return 0
 
 

@@ -251,7 +251,7 @@ def test_the_second_of_two_first_runs_waits(official, mirrors, tmp_path, capsys)
     for thread in threads:
         thread.join()
     assert [len(split.images) for split in loaded] == [100, 100] and mirrors.requests == {"/slow": 2}
-    assert "waiting for another process that is preparing CIFAR-10" in capsys.readouterr().err
+    assert "another process is preparing CIFAR-10: waiting for it" in capsys.readouterr().err
 
 
 def test_no_mirror_works(mirrors, tmp_path, capsys):

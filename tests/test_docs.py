@@ -110,7 +110,7 @@ def test_the_output_that_the_readme_shows():
     with open(ROOT / "docs/runs/fast-2ep-seed0/metrics.csv", newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     lines = re.findall(r"^ +[\d.]+  .*", block, re.MULTILINE)
-    assert [line[:72] for line in lines] == [train.table_line(row)[:72] for row in rows]  # the time left follows
+    assert [line[:72] for line in lines] == [train.table_line(row, "test")[:72] for row in rows]  # less the time left
     seconds = json.loads((ROOT / "docs/runs/fast-2ep-seed0/result.json").read_text())["seconds"]
     assert f"{seconds / 60:.1f} minutes; the weights are in runs/fast-2ep-seed0/weights.pkl and" in block
 
