@@ -253,7 +253,7 @@ def autoaugment(images: torch.Tensor, seed: int, group_size: int = 1) -> torch.T
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     augmented = torch.empty_like(images)
     with torch.random.fork_rng(devices=[]):  # the policy draws from torch's global generator
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         order = torch.arange(len(images)) if group_size == 1 else torch.randperm(len(images))
         for group in order.to(images.device).split(group_size):
             augmented[group] = policy(images[group].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -274,8 +274,8 @@ def random_crop(images: torch.Tensor, padding: int, generator: torch.Generator) 
 class TrainLoader:
     """Batches of the augmented training set in random order; the last one may be smaller.
 
-    The set holds three versions of each of the N training images, 3N samples: as it is, and two random versions,
-    flipped and rotated, and through AutoAugment. A batch is normalised images (B, 3, 32, 32) and labels (B,).
+    The set holds three versions of each training image: as it is, and if the recipe has random versions, flipped and
+    rotated, and through AutoAugment. A batch is normalised images (B, 3, 32, 32) and labels (B,).
 
     Args:
         train: the training set; the batches are on its device.
@@ -292,10 +292,6 @@ class TrainLoader:
     def __len__(self) -> int:
         """Steps per epoch."""
         return math.ceil(len(self.images) / self.recipe.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the random numbers of the next pass, as torch.utils.data.DistributedSampler does."""
-        self.epoch = epoch
 
     def augment(self, seed: int) -> None:
         """Draw the two random versions of all images."""
@@ -348,7 +344,8 @@ class Progress:
     """Shows how far a run is and how long it will take: on a terminal in place, in a log file now and then.
 
     Args:
-        costs: the seconds of each step of the run, with what comes before and after it. Only their ratios count.
+        costs: the seconds of each step of the run, as rehearsed. Only their ratios count: augmentation and evaluation
+            add to all steps alike.
         first: the step from which the run goes on.
         steps_per_epoch: of a whole epoch.
     """

@@ -31,10 +31,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps  # torchvision brings Pillow
 from torch import nn
 
+import data
 import model
-from data import CLASSES, DEFAULT_DATA_DIR, Split, UserError, check_writable, load_split, normalize, path_option, say
+from data import CLASSES, Split, UserError, normalize, say
 
 # --- the machine ----------------------------------------------------------------------------------
 
@@ -65,7 +67,7 @@ def describe_machine(device: torch.device) -> dict:
             **{package: version(package) for package in ("torch", "torchvision", "numpy")}}
 
 
-def run_script(command: Callable[[], int]) -> int:
+def run_script(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a script's command and return its exit status; an error that the user can correct is one line, status 2."""
     os.environ["MPLBACKEND"] = "agg"  # files need no display; a notebook names a backend that may not be there
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where standard output is closed
@@ -74,11 +76,11 @@ def run_script(command: Callable[[], int]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     reuse_freed_memory()
     try:
-        return command()
+        return command(args)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError for most things
-        if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory|allocate", str(error)):
+        if not re.search("MemoryError|out of memory|not enough memory|allocate", repr(error)):
             raise
         print("error: there is not enough memory: close other programs, or train with a smaller --batch-size",
               file=sys.stderr)
@@ -105,11 +107,10 @@ def infer(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
     @torch.inference_mode()
     def infer_batch(batch: torch.Tensor) -> torch.Tensor:
-        if on_cpu:  # a thread for each batch is faster than several threads for one batch
-            torch.set_num_threads(1)
         return F.log_softmax(network(normalize(batch)).float(), dim=1)
 
-    with ThreadPoolExecutor(threads if on_cpu else 1) as pool:
+    # on a CPU, a thread for each batch is faster than several threads for one batch
+    with ThreadPoolExecutor(threads if on_cpu else 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         log_probabilities = torch.cat(list(pool.map(infer_batch, images.split(batch_size))))
     torch.set_num_threads(threads)
     return log_probabilities
@@ -149,20 +150,13 @@ def calibration_error(log_probabilities: torch.Tensor, labels: torch.Tensor, bin
 
 def fit_temperature(log_probabilities: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature, from 0.5 to 2, with the least loss (temperature scaling, in the same paper)."""
-    temperatures = [hundredths / 100 for hundredths in range(50, 201)]
-    return min(temperatures, key=lambda t: F.cross_entropy(log_probabilities / t, labels).item())
+    return min((n / 100 for n in range(50, 201)), key=lambda t: F.cross_entropy(log_probabilities / t, labels).item())
 
 
 def confusion_matrix(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Counts (10, 10): images of class `row` that were predicted as class `column`."""
     cells = labels * len(CLASSES) + log_probabilities.argmax(dim=1)
     return torch.bincount(cells, minlength=len(CLASSES) ** 2).view(len(CLASSES), len(CLASSES)).cpu()
-
-
-def precision_and_recall(confusion: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Both in percent for each class; 0 for a class that was never predicted or has no images."""
-    hits = 100.0 * confusion.diagonal()
-    return (hits / confusion.sum(dim=0).clamp(min=1)).tolist(), (hits / confusion.sum(dim=1).clamp(min=1)).tolist()
 
 
 def confident_mistakes(log_probabilities: torch.Tensor, labels: torch.Tensor, n: int = 24) -> list[dict]:
@@ -181,14 +175,12 @@ def tta_infer(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     corners = ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))
     shifted = [padded[:, row : row + 32, column : column + 32] for row, column in corners]
     views = shifted + [view.flip(2) for view in shifted]
-    probabilities = [infer(network, view).exp() for view in views]
-    return torch.stack(probabilities).mean(dim=0).log()
+    return torch.stack([infer(network, view).exp() for view in views]).mean(dim=0).log()
 
 
 def corruptions(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Images uint8 (N, 32, 32, 3), on the CPU, under four of CIFAR-10-C's corruptions, at the third of its five
     severities (Hendrycks & Dietterich 2019, arXiv 1903.12261)."""
-    from PIL import Image  # torchvision brings Pillow
     from torchvision.transforms.v2 import functional
 
     def jpeg(image: np.ndarray) -> torch.Tensor:
@@ -213,8 +205,6 @@ def load_image(path: Path) -> torch.Tensor:
 
     Raises UserError for a file that is no image, is larger than 500 megapixels, or has values of an unknown range.
     """
-    from PIL import Image, ImageOps  # torchvision brings Pillow
-
     Image.MAX_IMAGE_PIXELS = None
     try:
         with Image.open(path) as image:
@@ -268,7 +258,8 @@ def make_report(network: nn.Module, split: Split, *, full: bool = False, tta: bo
     accuracy, loss = accuracy_and_loss(log_probabilities, split.labels)
     seconds = time.perf_counter() - start
     confusion = confusion_matrix(log_probabilities, split.labels)
-    precision, recall = precision_and_recall(confusion)
+    hits = 100.0 * confusion.diagonal()
+    precision, recall = ((hits / confusion.sum(dim=dim).clamp(min=1)).tolist() for dim in (0, 1))  # 0 for 0 of 0
     report = {
         "parameters": model.count_parameters(network), "images": len(split.labels), "accuracy": accuracy, "loss": loss,
         "images_per_second": len(split.labels) / seconds,
@@ -315,16 +306,21 @@ def print_report(report: dict, device: torch.device, min_accuracy: float) -> Non
 TRAIN_SAMPLE = 5_000  # training images, not augmented, that train.py measures the network on after each epoch
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     from matplotlib.figure import Figure  # slow to import, and needed only here
 
-    return Figure(figsize=(width, height), layout="constrained")  # inches
+    figure = Figure(figsize=(width, height), layout="constrained")  # inches
+    return figure, figure.subplots(rows, columns)
+
+
+def png(figure) -> bytes:
+    figure.savefig(file := io.BytesIO(), dpi=120)
+    return file.getvalue()
 
 
 def plot_history(history: list[dict], quantity: str, title: str) -> bytes:
     """A PNG file of the "accuracy" or the "loss" per epoch, for rows as in metrics.csv."""
-    figure = new_figure(6.4, 4.0)
-    axes = figure.subplots()
+    figure, axes = new_figure(6.4, 4.0)
     labels = {"train": f"{TRAIN_SAMPLE:,} training images", "val": "held-out images", "test": "test set"}
     for prefix, label in labels.items():
         if history and f"{prefix}_{quantity}" in history[0]:
@@ -335,14 +331,12 @@ def plot_history(history: list[dict], quantity: str, title: str) -> bytes:
              ylabel={"accuracy": "accuracy (%)", "loss": "loss (cross-entropy)"}[quantity])
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
-    figure.savefig(file := io.BytesIO(), dpi=120)
-    return file.getvalue()
+    return png(figure)
 
 
-def plot_confusion(report: dict, path: Path) -> None:
-    """Draw the confusion matrix as a PNG file."""
-    figure = new_figure(6.4, 5.6)
-    axes = figure.subplots()
+def plot_confusion(report: dict) -> bytes:
+    """The confusion matrix as a PNG file."""
+    figure, axes = new_figure(6.4, 5.6)
     confusion = np.array(report["confusion"])
     axes.imshow(confusion, cmap="Blues")
     axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
@@ -351,28 +345,28 @@ def plot_confusion(report: dict, path: Path) -> None:
     for (row, column), count in np.ndenumerate(confusion):
         axes.text(column, row, count, ha="center", va="center", fontsize=8,
                   color="white" if count > confusion.max() / 2 else "black")
-    figure.savefig(path, dpi=120, format="png")
+    return png(figure)
 
 
-def plot_mistakes(report: dict, test: Split, path: Path) -> None:
-    """Draw the most confident mistakes, each with its class and the class and probability that were predicted."""
-    figure = new_figure(9.6, 8.0)
+def plot_mistakes(report: dict, test: Split) -> bytes:
+    """The most confident mistakes as a PNG file, each with its class and the class and probability predicted."""
+    figure, grid = new_figure(9.6, 8.0, 4, 6)
     figure.suptitle("CIFAR-10 test set, most confident mistakes: class, then predicted class and its probability")
-    for axes in figure.subplots(4, 6).flat:
+    for axes in grid.flat:
         axes.axis("off")
-    for axes, mistake in zip(figure.axes, report["confident_mistakes"], strict=False):
+    for axes, mistake in zip(grid.flat, report["confident_mistakes"], strict=False):
         axes.imshow(test.images[mistake["image"]].cpu().numpy())
         axes.set_title("{class}\n{predicted} {probability:.1f} %".format(**mistake), fontsize=9)
-    figure.savefig(path, dpi=120, format="png")
+    return png(figure)
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, path = parser.add_argument, path_option
+    add, path = parser.add_argument, data.path_option
     add("--weights", type=path, default="weights.pkl", metavar="FILE", help="from train.py (default: %(default)s)")
-    add("--data-dir", type=path, default=DEFAULT_DATA_DIR, metavar="DIR", help="default: $CIFAR10_DIR, or data")
+    add("--data-dir", type=path, default=data.DEFAULT_DATA_DIR, metavar="DIR", help="default: $CIFAR10_DIR, or data")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
     add("--min-accuracy", type=float, default=80.0, metavar="PERCENT", help="the bar for exit status 0 (default: 80)")
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -387,7 +381,7 @@ def make_parser() -> argparse.ArgumentParser:
 def evaluate_weights(args: argparse.Namespace) -> int:
     """Print what is measured of a weights file, or the classes of image files, and return the exit status."""
     for path in filter(None, (args.confusion, args.mistakes)):
-        check_writable(path)
+        data.check_writable(path)
     device = pick_device(args.device)
     network, metadata = model.load_weights(args.weights)
     network = network.to(device)
@@ -399,7 +393,7 @@ def evaluate_weights(args: argparse.Namespace) -> int:
             for path, guess in guesses.items():
                 say(f"{path}: " + ", ".join(f"{name} {percent:.1f} %" for name, percent in guess.items()))
         return 0 if len(guesses) == len(set(args.image)) else 2
-    test = load_split(args.data_dir, "test")
+    test = data.load_split(args.data_dir, "test")
     report = {"trained": metadata, **make_report(network, test.to(device), full=args.full, tta=args.tta)}
     report["passed"] = report["accuracy"] >= args.min_accuracy
     if args.json:
@@ -407,15 +401,14 @@ def evaluate_weights(args: argparse.Namespace) -> int:
     else:
         print_report(report, device, args.min_accuracy)
     if args.confusion:
-        plot_confusion(report, args.confusion)
+        data.atomic_write(args.confusion, plot_confusion(report))
     if args.mistakes:
-        plot_mistakes(report, test, args.mistakes)
+        data.atomic_write(args.mistakes, plot_mistakes(report, test))
     return 0 if report["passed"] else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    return run_script(lambda: evaluate_weights(args))
+    return run_script(evaluate_weights, make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -98,8 +98,7 @@ class FlipConv2d(nn.Module):
         super().__init__()
         for channels in (out_channels, 2 if in_channels == 3 else in_channels):
             if channels % 2:
-                raise UserError(f"a width of {channels} has no two halves: flip-equivariant layers need an even one")
-        self.kernel_size = kernel_size
+                raise ValueError(f"a flip-equivariant layer needs an even width, not {channels}")
         self.options = {"padding": kernel_size // 2, "groups": groups}
         self.swaps_halves = in_channels != 3 and groups == 1
         filters = torch.randn(out_channels // 2, in_channels // groups, kernel_size, kernel_size)
@@ -121,7 +120,7 @@ class FlipConv2d(nn.Module):
         """The same layer as an ordinary convolution, for inference."""
         kernel = self.kernel().detach()
         in_channels = kernel.shape[1] * self.options["groups"]
-        layer = nn.Conv2d(in_channels, kernel.shape[0], self.kernel_size, bias=False, **self.options)
+        layer = nn.Conv2d(in_channels, kernel.shape[0], kernel.shape[2:], bias=False, **self.options)
         layer.weight = nn.Parameter(kernel)
         return layer.eval()
 
@@ -141,7 +140,7 @@ class FlipBatchNorm2d(nn.BatchNorm2d):
 
     def export(self) -> nn.BatchNorm2d:
         """The same layer as an ordinary batch norm, for inference."""
-        norm = nn.BatchNorm2d(2 * self.num_features)
+        norm = nn.BatchNorm2d(2 * self.num_features).to(self.weight)  # its device and type
         norm.load_state_dict({name: tensor.repeat(2) if tensor.ndim else tensor
                               for name, tensor in self.state_dict().items()})
         return norm.eval()
@@ -252,8 +251,6 @@ def build_network(name: str) -> nn.Module:
             trial = copy.deepcopy(network).train()
             trial(images).sum().backward()
             export(trial)  # fails if the network keeps activations in attributes, which threads would share
-    except UserError:
-        raise
     except Exception as error:  # whatever its code raises
         raise UserError(f"network {name!r} fails, {one_line(error)}: correct it in model.py") from error
     if shape != [2, 10]:
@@ -299,8 +296,7 @@ ARCHIVE_LIMIT = 64_000_000  # bytes, many times the size of a checkpoint
 
 def save_archive(path: str | os.PathLike, contents: dict) -> None:
     """Write tensors and plain values with torch.save, atomically. Raises OSError when the disk is full."""
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)
+    torch.save(contents, buffer := io.BytesIO())
     atomic_write(path, buffer.getvalue())
 
 
@@ -365,7 +361,8 @@ def load_state(network: nn.Module, state: dict, path: str | os.PathLike, name: s
 
 def describe_training(metadata: dict) -> str:
     """For example "network gated32, recipe best, 40 epochs, seed 0"."""
-    return "network {network}, recipe {recipe}, {epochs:g} epochs, seed {seed}".format(**metadata)
+    epochs = f"{metadata['epochs']:g} epoch{'' if metadata['epochs'] == 1 else 's'}"
+    return f"network {metadata['network']}, recipe {metadata['recipe']}, {epochs}, seed {metadata['seed']}"
 
 
 # --- the command ----------------------------------------------------------------------------------

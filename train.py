@@ -1,7 +1,7 @@
 """Train a CIFAR-10 classifier of at most 50,000 parameters and save its weights.
 
     python train.py                               recipe "fast": minutes on two CPU cores -> weights.pkl
-    python train.py --epochs 1                    less time, or more: the learning rate schedule stretches
+    python train.py --epochs 1                    a shorter or longer run: the learning rate schedule adapts
     python train.py --network plain               another network of model.py, or your own
     python train.py --recipe quick                about 80 % in a minute or two
     python train.py --recipe report               the report's network and settings
@@ -16,6 +16,7 @@ A run leaves weights.pkl, metrics.csv, accuracy.png, loss.png, result.json and c
 import argparse
 import copy
 import dataclasses
+import functools
 import glob
 import json
 import math
@@ -33,7 +34,6 @@ import data
 import eval
 import model
 from data import Progress, Split, TrainLoader, UserError, image_size, one_line, resize, say
-from eval import evaluate, infer
 
 # --- recipes --------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ ABOVE_0 = "above 0", lambda value: 0 < value < math.inf
 SHARE = "at least 0 and below 1", lambda value: 0 <= value < 1
 
 
-def setting(help: str, rule: tuple[str, Callable] | None = None, default=dataclasses.MISSING):
+def setting(help: str, rule: tuple[str, Callable] = ("", lambda value: True), default=dataclasses.MISSING):
     return dataclasses.field(default=default, metadata={"help": help, "rule": rule})
 
 
@@ -73,7 +73,7 @@ class Recipe:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, (rule, is_met) = getattr(self, field.name), field.metadata["rule"] or ("", lambda value: True)
+            value, (rule, is_met) = getattr(self, field.name), field.metadata["rule"]
             if not is_met(value):
                 raise UserError(f"{field.name} is {value!r}: it must be {rule}")
         if self.weight_decay and self.optimizer == "muon":
@@ -102,8 +102,7 @@ def orthogonalize(updates: torch.Tensor, steps: int = 3) -> torch.Tensor:
     coefficients of Jordan et al. 2024 (kellerjordan.github.io/posts/muon), who take five steps."""
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = updates.shape[1] > updates.shape[2]
-    x = updates.mT.bfloat16() if is_tall else updates.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = F.normalize((updates.mT if is_tall else updates).bfloat16(), dim=(1, 2))
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -145,12 +144,10 @@ def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Opt
         return [torch.optim.SGD(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **sgd)]
     if recipe.optimizer == "adamw":
         return [torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)]
-    weights = [getattr(module, "weight", None) for module in network.modules()]
-    weights = [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.ndim > 1]
-    kernels = {weight for weight in weights[:-1] if weight.ndim == 4}  # the last layer sets the scale of the logits
-    others = [parameter for parameter in network.parameters() if parameter not in kernels]
-    muon = [Muon([p for p in network.parameters() if p in kernels], recipe.lr)] if kernels else []
-    return [*muon, torch.optim.SGD(others, 0.1, **sgd)]
+    weights = [p for name, p in network.named_parameters() if name.endswith("weight") and p.ndim > 1]
+    kernels = [p for p in weights[:-1] if p.ndim == 4]  # not the last layer: it sets the scale of the logits
+    others = [p for p in network.parameters() if p not in set(kernels)]
+    return [*([Muon(kernels, recipe.lr)] if kernels else []), torch.optim.SGD(others, 0.1, **sgd)]
 
 
 def lr_factor(progress: float, warmup_fraction: float) -> float:
@@ -193,27 +190,17 @@ def train_one_epoch(
     return loss_sum.item() / samples
 
 
-def rehearse(
-    network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int], evaluated: int,
-) -> list[float]:
-    """The seconds of each step of a run, tried with a copy of the network on a few images. The first step of an epoch
-    comes with its augmentation, the last one with the evaluation on so many images."""
-    network, recipe, n = copy.deepcopy(network), loader.recipe, len(loader)
-    few = TrainLoader(Split(loader.images[:150], loader.labels[:150]), recipe)
+def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int]) -> list[float]:
+    """The seconds of each step of a run, by its image size: the least of three, with a copy of the network."""
+    network, recipe = copy.deepcopy(network), loader.recipe
+    few = TrainLoader(Split(loader.images[:500], loader.labels[:500]), recipe)
     optimizers = build_optimizers(network, recipe)
 
-    def seconds(task: Callable) -> float:
-        return min(timeit.repeat(task, number=1, repeat=3))
+    def step(size: int) -> None:
+        train_one_epoch(network, teachers, few, optimizers, recipe, range(1), [size])
 
-    of_size = {size: seconds(lambda size=size: train_one_epoch(
-        network, teachers, few, optimizers, recipe, range(1), [size])) for size in set(sizes)}
-    costs = [of_size[size] for size in sizes]
-    augmentation = seconds(lambda: few.augment(0)) / len(few.images) if recipe.random_versions else 0
-    evaluation = seconds(lambda: infer(network, few.images)) / len(few.images)
-    for first in range(0, len(costs), n):
-        costs[first] += augmentation * len(loader.images) if recipe.resample or first == 0 else 0
-        costs[min(first + n, len(costs)) - 1] += evaluation * evaluated
-    return costs
+    seconds = {size: min(timeit.repeat(functools.partial(step, size), number=1, repeat=3)) for size in set(sizes)}
+    return [seconds[size] for size in sizes]
 
 
 # --- what a run leaves behind ---------------------------------------------------------------------
@@ -234,11 +221,8 @@ class Run:
 
     def restore(self) -> None:
         """Continue the run in the directory. Raises UserError if there is none, or if its settings differ."""
-        path = self.directory / "checkpoint.pt"
-        if not path.exists():
-            raise UserError(f"{self.directory} has no checkpoint to resume: leave out --resume")
-        names = {"settings", "history", "sittings", "network", "optimizers"}
-        checkpoint = model.load_archive(path, names, "start again with --overwrite")
+        path, names = self.directory / "checkpoint.pt", {"settings", "history", "sittings", "network", "optimizers"}
+        checkpoint = model.load_archive(path, names, "start again with --overwrite in place of --resume")
         saved = checkpoint["settings"]
         changes = {name: f"{name} was {saved.get(name)}, is {self.settings.get(name)}"
                    for name in sorted(self.settings | saved) if saved.get(name) != self.settings.get(name)}
@@ -262,9 +246,8 @@ class Run:
             for name in ("result.json", "weights.pkl"):
                 (self.directory / name).unlink(missing_ok=True)
         self.history = history
-        lines = [row, *[row.values() for row in history]]
-        table = "".join(",".join(map(str, line)) + "\n" for line in lines)
-        data.atomic_write(self.directory / "metrics.csv", table.encode())
+        table = [",".join(map(str, line)) + "\n" for line in (row, *[epoch.values() for epoch in history])]
+        data.atomic_write(self.directory / "metrics.csv", "".join(table).encode())
         self.draw()
 
     def draw(self) -> None:
@@ -278,10 +261,10 @@ class Run:
             self.can_draw = False
             say(f"the graphs cannot be drawn ({one_line(error)}): the run goes on without them")
 
-    def finish(self, result: dict, out: Path | None) -> float:
-        """Write the weights, here and at `out`, and result.json. Returns the seconds of all sittings."""
+    def finish(self, result: dict, places: list[Path]) -> float:
+        """Write the weights to these places, and result.json. Returns the seconds of all sittings."""
         metadata = {name: kind((self.settings | result)[name]) for name, kind in model.METADATA.items()}
-        for path in {self.directory / "weights.pkl", out or self.directory / "weights.pkl"}:
+        for path in places:
             model.save_weights(path, self.network, metadata)
         self.sittings[-1]["seconds"] = time.perf_counter() - self.start
         seconds = round(sum(sitting["seconds"] for sitting in self.sittings), 1)
@@ -296,15 +279,6 @@ class Run:
         return f"the run is safe up to epoch {self.history[-1]['epoch']:g}: the same command with --resume continues it"
 
 
-def check_free(directory: Path) -> None:
-    """Raise UserError if the directory holds a run, or files that are not a run's."""
-    names = {path.name for path in directory.iterdir() if path.suffix != ".part" and path.name[0] != "."} - {"lock"}
-    if names:
-        what = ("a finished run" if "result.json" in names else
-                "an unfinished run, which --resume continues" if "checkpoint.pt" in names else "other files")
-        raise UserError(f"{directory} holds {what}: name another --run-dir, or replace them with --overwrite")
-
-
 def table_line(row: dict, prefix: str, left: str = "") -> str:
     return (f"{row['epoch']:5g}  {row['train_loss']:10.4f}  {row['train_accuracy']:8.2f}%  {row[f'{prefix}_loss']:9.4f}"
             f"  {row[f'{prefix}_accuracy']:7.2f}%  {row['lr']:8.5f}  {row['seconds']:7.1f}  {left:>9}")
@@ -317,12 +291,11 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
     recipe, n = loader.recipe, len(loader)
     total_steps = max(1, round(recipe.epochs * n))
     sizes = [image_size((step + 0.5) / total_steps, recipe.low_resolution_share) for step in range(total_steps)]
-    costs = rehearse(run.network, teachers, loader, sizes, sum(len(split.labels) for split in splits.values()))
-    progress = Progress(costs, len(run.history) * n, n)
+    progress = Progress(rehearse(run.network, teachers, loader, sizes), len(run.history) * n, n)
     for epoch in range(len(run.history), math.ceil(total_steps / n)):
         start = time.perf_counter()
         torch.manual_seed(10_000 * loader.seed + epoch)  # for dropout
-        loader.set_epoch(epoch)
+        loader.epoch = epoch
         steps = range(epoch * n, min((epoch + 1) * n, total_steps))
         loss = train_one_epoch(
             run.network, teachers, loader, run.optimizers, recipe, steps, sizes, progress.after_step)
@@ -331,19 +304,10 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
                 f"the loss is {loss} in epoch {epoch + 1}: try a smaller --lr, or --optimizer adamw --lr 0.001")
         row = {"epoch": min(epoch + 1, recipe.epochs)}
         for prefix, split in splits.items():
-            row[f"{prefix}_accuracy"], row[f"{prefix}_loss"] = evaluate(run.network, split)
+            row[f"{prefix}_accuracy"], row[f"{prefix}_loss"] = eval.evaluate(run.network, split)
         lr = run.optimizers[0].param_groups[0]["lr"]
         run.save_epoch(row | {"batch_loss": loss, "lr": lr, "seconds": time.perf_counter() - start})
         say(table_line(run.history[-1], run.prefix, progress.left(steps[-1])))
-
-
-def load_teachers(paths: list[Path], validate: bool) -> tuple[list[nn.Module], list[str]]:
-    """The networks saved in these files, and how each was trained."""
-    loaded = [model.load_weights(path) for path in paths]
-    for path, (_, metadata) in zip(paths, loaded, strict=True):
-        if validate and not metadata["validate"]:
-            raise UserError(f"{path} has seen the held-out images: with --validate, use teachers trained with it")
-    return [network for network, _ in loaded], [model.describe_training(metadata) for _, metadata in loaded]
 
 
 def settings_in_effect(recipe: Recipe, network: nn.Module, has_teachers: bool, device: torch.device) -> Recipe:
@@ -369,14 +333,17 @@ def print_head(run: Run, loader: TrainLoader, measured: str) -> None:
         say(table_line(row, run.prefix))
 
 
-def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: Path | None) -> None:
+def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places: list[Path]) -> None:
     """Set up a run, train, and print the result."""
     device = eval.pick_device(args.device)
-    teachers, descriptions = load_teachers(args.teachers, args.validate)
+    loaded = [model.load_weights(path) for path in args.teachers]
+    for path, (_, metadata) in zip(args.teachers, loaded, strict=True):
+        if args.validate and not metadata["validate"]:
+            raise UserError(f"{path} has seen the held-out images: with --validate, use teachers trained with it")
     torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one on CUDA too
     torch.manual_seed(args.seed)
     network = model.build_network(recipe.network)
-    recipe = settings_in_effect(recipe, network, bool(teachers), device)
+    recipe = settings_in_effect(recipe, network, bool(loaded), device)
     *_, last = network.modules()
     if args.calibrate != 1 and not (isinstance(last, nn.Linear) and last.out_features == 10):
         raise UserError(f"--calibrate needs a linear last layer, not {type(last).__name__}: leave it out")
@@ -385,31 +352,30 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, out: P
     sample = Split(training.images[:eval.TRAIN_SAMPLE], training.labels[:eval.TRAIN_SAMPLE])
     measured = f"{len(test.images):,} {'held-out' if args.validate else 'test'} images"
     settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
-                "teachers": descriptions}
+                "teachers": [model.describe_training(metadata) for _, metadata in loaded]}
     optimizers = build_optimizers(network.to(device), recipe)
     run = Run(run_dir, settings, eval.describe_machine(device) | {"bfloat16": recipe.amp_bf16}, network, optimizers)
     if args.resume:
         run.restore()
     try:
         print_head(run, loader, measured)
-        train(run, [model.export(teacher).to(device) for teacher in teachers], loader,
+        train(run, [model.export(teacher).to(device) for teacher, _ in loaded], loader,
               {"train": sample, run.prefix: test})
-        log_probabilities = infer(network, test.images)
+        log_probabilities = eval.infer(network, test.images)
         if args.validate:
             temperature = eval.fit_temperature(log_probabilities, test.labels)
             say(f"\nthe held-out loss is lowest with --calibrate {temperature}")
-        for parameter in last.parameters() if args.calibrate != 1 else ():
-            parameter.data /= args.calibrate
+        for parameter in last.parameters():
+            parameter.data /= args.calibrate  # 1 changes nothing
         accuracy, loss = eval.accuracy_and_loss((log_probabilities / args.calibrate).log_softmax(dim=1), test.labels)
-        seconds = run.finish({"calibrate": args.calibrate, "accuracy": accuracy, "loss": loss}, out)
+        seconds = run.finish({"calibrate": args.calibrate, "accuracy": accuracy, "loss": loss}, places)
     except OSError as error:  # the disk is full, for example
         raise UserError(f"{error}: {run.how_to_go_on()}") from error
     except KeyboardInterrupt:
         print(f"\nstopped: {run.how_to_go_on()}", file=sys.stderr)
         raise
-    epochs = f"{recipe.epochs:g} epoch{'' if recipe.epochs == 1 else 's'}"
-    say(f"\n{accuracy:.2f} % of the {measured} after {epochs} and {seconds / 60:.1f} minutes; "
-        f"the weights are in {' and '.join(str(path) for path in (run_dir / 'weights.pkl', out) if path)}")
+    say(f"\n{accuracy:.2f} % of the {measured} after {seconds / 60:.1f} minutes; "
+        f"the weights are in {' and '.join(map(str, places))}")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -423,25 +389,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("--validate", action="store_true", help="hold out the last 5,000 training images and measure on them")
     add("--calibrate", type=float, default=1.0, metavar="T",
         help="divide the final logits by T; --validate prints the T with the least loss (default: 1)")
-    add("--out", type=path, metavar="FILE", help="write the weights here too (default: weights.pkl)")
+    add("--out", type=path, metavar="FILE", help="write the weights here too (default: weights.pkl, unless --validate)")
     add("--run-dir", type=path, metavar="DIR", help="of the run's files (default: in runs/, named after the settings)")
-    add("--resume", action="store_true", help="continue the run in its directory after its last finished epoch")
-    add("--overwrite", action="store_true", help="replace the run in the directory, after one new epoch")
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--resume", action="store_true", help="continue the run in its directory after its last finished epoch")
+    one_of("--overwrite", action="store_true", help="replace the run in the directory, after one new epoch")
     add("--data-dir", type=path, default=data.DEFAULT_DATA_DIR, metavar="DIR", help="default: $CIFAR10_DIR, or data")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
     settings = parser.add_argument_group("settings of a recipe, and their values in each")
     for field in dataclasses.fields(Recipe):
         values = ", ".join(f"{name} {getattr(recipe, field.name)}" for name, recipe in RECIPES.items())
-        is_flag = field.type is bool
-        kind = {"action": argparse.BooleanOptionalAction} if is_flag else {"type": field.type, "metavar": "X"}
-        settings.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{field.metadata['help']} ({values})")
+        how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": "X"}
+        settings.add_argument(f"--{field.name.replace('_', '-')}", **how, help=f"{field.metadata['help']} ({values})")
     return parser
 
 
 def run_command(args: argparse.Namespace) -> int:
     """Choose the settings and the directory, then train."""
-    changes = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if getattr(args, f.name) is not None}
     recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed is {args.seed}: it must be from 0 to 2**31 - 1")
@@ -453,21 +418,24 @@ def run_command(args: argparse.Namespace) -> int:
              *[f"{name}={value}" for name, value in changes.items() if name != "epochs"],
              *[f"{path.parent.name}_{path.stem}".lstrip("_") for path in args.teachers]]
     run_dir = args.run_dir or Path("runs") / "-".join(words + args.validate * ["validate"])[:200]
-    out = args.out or (None if args.validate else Path("weights.pkl"))
-    for path in (run_dir / "weights.pkl", *([out] if out else [])):
+    out = args.out or (run_dir if args.validate else Path()) / "weights.pkl"
+    places = list(dict.fromkeys((run_dir / "weights.pkl", out)))  # one place, if they are the same
+    for path in places:
         path.parent.mkdir(parents=True, exist_ok=True)
         data.check_writable(path)
     busy = f"another process trains in {run_dir}: wait for it, or name another --run-dir"
     with data.hold_lock(run_dir / "lock", busy):
-        if not args.resume and not args.overwrite:
-            check_free(run_dir)
-        run_training(args, recipe, run_dir, out)
+        names = {path.name for path in run_dir.iterdir() if path.suffix != ".part" and path.name[0] != "."} - {"lock"}
+        if names and not args.resume and not args.overwrite:
+            what = ("a finished run" if "result.json" in names else
+                    "an unfinished run, which --resume continues" if "checkpoint.pt" in names else "other files")
+            raise UserError(f"{run_dir} holds {what}: name another --run-dir, or write over them with --overwrite")
+        run_training(args, recipe, run_dir, places)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    return eval.run_script(lambda: run_command(args))
+    return eval.run_script(run_command, make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

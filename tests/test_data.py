@@ -302,7 +302,7 @@ def test_resample_draws_the_random_versions_anew_for_each_epoch():
         loader = make_loader(make_split(30), batch_size=8, resample=resample)
         forms = []
         for epoch in (0, 1, 1, 0):
-            loader.set_epoch(epoch)
+            loader.epoch = epoch
             next(iter(loader))
             forms.append(loader.images.clone())
         assert torch.equal(forms[0], forms[3]) and torch.equal(forms[1], forms[2])
@@ -409,7 +409,7 @@ def test_a_pass_without_the_random_versions():
 def test_the_order_follows_from_seed_and_epoch():
     def labels(seed: int, epoch: int) -> torch.Tensor:
         loader = make_loader(make_split(30), batch_size=90, seed=seed)
-        loader.set_epoch(epoch)
+        loader.epoch = epoch
         return next(iter(loader))[1]
 
     assert torch.equal(labels(0, 1), labels(0, 1))

@@ -34,9 +34,14 @@ def test_metrics_by_hand():
     assert loss == pytest.approx(-log_probabilities[range(6), labels].mean().item())
     confusion = eval.confusion_matrix(log_probabilities, labels)
     assert confusion.sum() == 6 and confusion[0, 1] == 1 and confusion[2, 0] == 1 and confusion[0, 0] == 2
-    precision, recall = eval.precision_and_recall(confusion)
-    assert precision[:4] == pytest.approx([100 * 2 / 3, 100 * 2 / 3, 0, 0])
-    assert recall[:4] == pytest.approx([100 * 2 / 3, 100, 0, 0])
+
+
+def test_precision_and_recall_by_hand(monkeypatch):
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    monkeypatch.setattr(eval, "infer", lambda network, images: log_probabilities_of([0, 0, 1, 1, 1, 0]))
+    report = eval.make_report(torch.nn.Identity(), data.Split(torch.zeros(6, 32, 32, 3), labels))
+    assert list(report["precision"].values())[:4] == pytest.approx([100 * 2 / 3, 100 * 2 / 3, 0, 0])
+    assert list(report["recall"].values())[:4] == pytest.approx([100 * 2 / 3, 100, 0, 0])
 
 
 def test_confidence_interval_by_hand():
@@ -172,7 +177,7 @@ def test_figure_of_the_mistakes(dataset, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "imshow", lambda axes, image: drawn.append(image))
     test = data.load_split(dataset, "test")
     mistakes = [{"image": i, "class": "cat", "predicted": "dog", "probability": 90.0} for i in (7, 3)]
-    eval.plot_mistakes({"confident_mistakes": mistakes}, test, tmp_path / "m")
+    eval.plot_mistakes({"confident_mistakes": mistakes}, test)
     assert np.array_equal(drawn, test.images[[7, 3]])
     monkeypatch.undo()
     command = ["--weights", str(weights), "--data-dir", str(dataset), "--mistakes", str(tmp_path / "m.png")]

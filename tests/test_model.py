@@ -123,8 +123,8 @@ class Pair(nn.Module):
     (lambda: Linear(before=nn.Linear(99, 3072)), "network 'mine' fails, RuntimeError: mat1 and mat2 shapes cannot be"),
     (lambda width: None, "network 'mine' fails, TypeError: "),
     (lambda: Keeps(), "network 'mine' fails, RuntimeError: Only Tensors created explicitly"),
-    (lambda: model.FlipNet((33, 64, 64), (0, 3, 4)), "a width of 33 has no two halves"),
-    (lambda: model.FlipNet((32, 64, 63), (0, 3, 4)), "a width of 63 has no two halves"),
+    (lambda: model.FlipNet((33, 64, 64), (0, 3, 4)), "ValueError: a flip-equivariant layer needs an even width, not 33: correct it"),
+    (lambda: model.FlipNet((32, 64, 63), (0, 3, 4)), "ValueError: a flip-equivariant layer needs an even width, not 63: correct it"),
 ])
 def test_a_network_of_ones_own_is_tried_first(build, message, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model.NETWORKS, "mine", build)
@@ -263,6 +263,14 @@ def test_export_keeps_the_output(name, norms_left):
     assert torch.allclose(exported(images), network(images), atol=1e-4)
     assert not any(isinstance(module, (FlipConv2d, FlipBatchNorm2d)) for module in exported.modules())
     assert sum(isinstance(module, nn.BatchNorm2d) for module in exported.modules()) == norms_left
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_export_stays_on_the_device(name):
+    """The meta device stands for a GPU: it refuses tensors of the CPU as one does."""
+    exported = model.export(build_network(name).to("meta"))
+    assert {tensor.device.type for tensor in exported.state_dict().values()} == {"meta"}
+    assert exported(torch.zeros(2, 3, 32, 32, device="meta")).device.type == "meta"
 
 
 # --- the weights file -----------------------------------------------------------------------------

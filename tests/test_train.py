@@ -206,30 +206,26 @@ def test_a_run_of_one_step_trains(recipe, dataset, tmp_path):
 def test_the_time_left(monkeypatch):
     """It is right from the first epoch on, also of a resumed run, however slow the machine is in all."""
     costs = [0.1] * 150 + [0.3] * 200 + [1.0] * 650  # as rehearsed
-    costs[::100] = [cost + 3.5 for cost in costs[::100]]  # augmentation
     clock = [0.0]
     monkeypatch.setattr(data.time, "perf_counter", lambda: clock[0])
     for first in (0, 400):
         progress, left, times = data.Progress(costs, first, 100), {}, {}
         for step in range(first, 1000):
-            clock[0] += 2 * costs[step]  # twice as slow
+            clock[0] += 2 * costs[step] + 2 * (step % 100 == 0)  # twice as slow; 2 seconds of augmentation
             left[step], times[step] = progress.left(step), clock[0]
-        for step in (50, 99, 199, 550, 899, 999):
+        for step in (99, 199, 550, 899, 999):
             if step >= first:
                 hours, minutes, seconds = map(int, left[step].split(":"))
-                assert 3600 * hours + 60 * minutes + seconds == pytest.approx(clock[0] - times[step], rel=0.05, abs=1)
+                seconds += 3600 * hours + 60 * minutes
+                assert seconds == pytest.approx(clock[0] - times[step], rel=0.1, abs=1), step
 
 
-def test_a_rehearsal_counts_all_parts_of_an_epoch(monkeypatch):
-    """And leaves the network as it is."""
+def test_a_rehearsal_leaves_the_network_as_it_is(monkeypatch):
     network = model.build_network("plain")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    loader = make_loader(make_split(20), batch_size=15, random_versions=True, resample=True)  # 4 steps
-    monkeypatch.setattr(train.timeit, "repeat", lambda task, number, repeat: [(9.0, task())[0], 5.0, 6.0])
-    costs = train.rehearse(network, [], loader, [16, 16, 24, 24, 32, 32], evaluated=90)
-    few = 3 * 60  # images of the rehearsal
-    augmentation, evaluation = 5 * 60 / few, 5 * 90 / few
-    assert costs == pytest.approx([5 + augmentation, 5, 5, 5 + evaluation, 5 + augmentation, 5 + evaluation])
+    monkeypatch.setattr(train.timeit, "repeat",
+                        lambda task, number, repeat: [task() or 9.0, {16: 3.0, 32: 5.0}[task.args[0]], 6.0])
+    assert train.rehearse(network, [], make_loader(make_split(20)), [16, 16, 32]) == [3, 3, 5]
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
@@ -318,7 +314,7 @@ def test_a_checkpoint_is_no_weights_file(finished, capsys):
 
 def test_resume_without_a_checkpoint(dataset, tmp_path, capsys):
     assert train_in(tmp_path, dataset, "--resume") == 2
-    assert "has no checkpoint to resume: leave out --resume" in capsys.readouterr().err
+    assert "checkpoint.pt: start again with --overwrite in place of --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, difference", [
@@ -392,7 +388,7 @@ def test_a_damaged_checkpoint_is_not_replaced_either(unfinished, dataset, capsys
 def test_a_finished_run_is_not_replaced(copied, dataset, capsys):
     assert train_in(copied, dataset, "--epochs", "3") == 2
     error = capsys.readouterr().err
-    assert f"{copied} holds a finished run: name another --run-dir, or replace them with --overwrite" in error
+    assert f"{copied} holds a finished run: name another --run-dir, or write over them with --overwrite" in error
     assert error.count("\n") == 1
 
 
@@ -454,7 +450,7 @@ def test_each_variant_has_a_directory_of_its_own(options, name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     for teacher in ("teacher0.pkl", "teacher1.pkl"):
         Path(teacher).touch()
-    monkeypatch.setattr(train, "run_training", lambda args, recipe, run_dir, out: used.append(run_dir))
+    monkeypatch.setattr(train, "run_training", lambda args, recipe, run_dir, places: used.append(run_dir))
     assert train.main(["--recipe", "report", *options]) == 0
     assert used == [Path("runs") / name]
 
