@@ -102,7 +102,7 @@ def orthogonalize(updates: torch.Tensor, steps: int = 3) -> torch.Tensor:
     coefficients of Jordan et al. 2024 (kellerjordan.github.io/posts/muon), who take five steps."""
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = updates.shape[1] > updates.shape[2]
-    x = F.normalize((updates.mT if is_tall else updates).bfloat16(), dim=(1, 2))
+    x = F.normalize((updates.mT if is_tall else updates).bfloat16(), dim=(1, 2), eps=1e-7)  # noise stays small
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
