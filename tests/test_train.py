@@ -642,6 +642,7 @@ def test_orthogonalize(shape):
     assert found.shape == matrices.shape
     assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.5  # the coefficients leave 0.7 to 1.2
     assert (u @ v - found).norm() < 0.35 * (u @ v).norm()
+    assert train.orthogonalize(1e-12 * matrices).norm() < 0.1 * found.norm()  # noise stays small
 
 
 def test_muon_takes_the_convolutions_and_sgd_all_other_parameters():
