@@ -78,7 +78,9 @@ def test_every_percentage_is_recorded(document):
     text = re.sub(r"```.*?```| ± [\d.]+", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
     recorded = {row["accuracy"] for row in RESULTS + read("published.csv")}
     recorded |= {f"{float(row[name]):.2f}" for row in read("trials.csv") + read("ablation.csv")
-                 for name in ("held_out_accuracy", "train_images_accuracy", "val_accuracy") if row.get(name)}
+                 for name in ("held_out_accuracy", "unseen_accuracy", "train_images_accuracy", "val_accuracy")
+                 if row.get(name)}
+    recorded |= {row[name] for row in read("student_fit.csv") for name in ("teachers_accuracy", "student_accuracy")}
     for run in (ROOT / "docs/runs").iterdir():
         with open(run / "metrics.csv", newline="") as file:
             *_, last = csv.DictReader(file)
@@ -201,6 +203,15 @@ def test_figures_of_the_results(script, load_script, tmp_path):
 def test_figure_of_the_augmentation(load_script, dataset, tmp_path):
     load_script("docs/augmentation.py")["main"](str(dataset), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_how_well_the_students_fit(load_script, dataset, tmp_path):
+    load_script("docs/student_fit.py")["main"](str(dataset), tmp_path / "fit.csv", n=20)
+    with open(tmp_path / "fit.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["version"], row["student"]) for row in rows] == [
+        (row["version"], row["student"]) for row in read("student_fit.csv")]
+    assert all(float(row["divergence"]) > 0 for row in rows)
 
 
 def test_benchmark(load_script, dataset, monkeypatch, capsys):

@@ -1,0 +1,57 @@
+"""Measure how well the students fit the mean of their teachers on training images: docs/student_fit.csv.
+
+    python docs/student_fit.py
+
+For the first 4,000 training images, as they are and augmented, it writes the accuracy of the teachers' mean and of a
+student, the Kullback-Leibler divergence from that mean to the student in nats, and how often both predict the same
+class. Calibration is undone first, since the students were calibrated after they had learned from the teachers. The
+folder with CIFAR-10 is data, or $CIFAR10_DIR.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import torch
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))
+
+from data import DEFAULT_DATA_DIR, autoaugment, flip_and_rotate, load_split
+from eval import infer
+from model import load_weights
+
+CALIBRATE = 0.73  # of both students
+
+
+def main(data_dir: str = DEFAULT_DATA_DIR, out: Path = DOCS / "student_fit.csv", n: int = 4000) -> None:
+    train = load_split(data_dir, "train")
+    images, labels = train.images[:n], train.labels[:n]
+    versions = {
+        "as it is": images,
+        "AutoAugment": autoaugment(images, seed=0, group_size=16),
+        "flipped, rotated, AutoAugment": autoaugment(flip_and_rotate(images, seed=0), seed=1, group_size=16),
+    }
+    runs = DOCS / "runs"
+    teachers = [load_weights(path)[0] for path in sorted(runs.glob("best-40ep-seed?/weights.pkl"))]
+    students = {path.parent.name: load_weights(path)[0] for path in sorted(runs.glob("student-*/weights.pkl"))}
+    rows = []
+    for version, augmented in versions.items():
+        mean = torch.stack([infer(teacher, augmented) for teacher in teachers]).exp().mean(dim=0)
+        for name, student in students.items():
+            log_probabilities = (CALIBRATE * infer(student, augmented)).log_softmax(dim=1)
+            predictions = log_probabilities.argmax(dim=1)
+            divergence = (mean * (mean.log() - log_probabilities)).sum(dim=1).mean().item()
+            percent = [100 * same.double().mean().item() for same in (
+                mean.argmax(dim=1) == labels, predictions == labels, predictions == mean.argmax(dim=1))]
+            rows.append({"version": version, "student": name, "teachers_accuracy": f"{percent[0]:.2f}",
+                         "student_accuracy": f"{percent[1]:.2f}", "same_class": f"{percent[2]:.2f}",
+                         "divergence": f"{divergence:.4f}"})
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
