@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
 from data import DEFAULT_DATA_DIR, autoaugment, flip_and_rotate, load_split
-from eval import infer
+from eval import accuracy_and_loss, infer
 from model import load_weights
 
 CALIBRATE = 0.73  # of both students
@@ -40,10 +41,9 @@ def main(data_dir: str = DEFAULT_DATA_DIR, out: Path = DOCS / "student_fit.csv",
         mean = torch.stack([infer(teacher, augmented) for teacher in teachers]).exp().mean(dim=0)
         for name, student in students.items():
             log_probabilities = (CALIBRATE * infer(student, augmented)).log_softmax(dim=1)
-            predictions = log_probabilities.argmax(dim=1)
-            divergence = (mean * (mean.log() - log_probabilities)).sum(dim=1).mean().item()
-            percent = [100 * same.double().mean().item() for same in (
-                mean.argmax(dim=1) == labels, predictions == labels, predictions == mean.argmax(dim=1))]
+            divergence = F.kl_div(log_probabilities, mean, reduction="batchmean").item()
+            percent = [accuracy_and_loss(scores, target)[0] for scores, target in (
+                (mean.log(), labels), (log_probabilities, labels), (log_probabilities, mean.argmax(dim=1)))]
             rows.append({"version": version, "student": name, "teachers_accuracy": f"{percent[0]:.2f}",
                          "student_accuracy": f"{percent[1]:.2f}", "same_class": f"{percent[2]:.2f}",
                          "divergence": f"{divergence:.4f}"})

@@ -123,8 +123,10 @@ class Pair(nn.Module):
     (lambda: Linear(before=nn.Linear(99, 3072)), "network 'mine' fails, RuntimeError: mat1 and mat2 shapes cannot be"),
     (lambda width: None, "network 'mine' fails, TypeError: "),
     (lambda: Keeps(), "network 'mine' fails, RuntimeError: Only Tensors created explicitly"),
-    (lambda: model.FlipNet((33, 64, 64), (0, 3, 4)), "a flip-equivariant layer needs an even width, not 33"),
-    (lambda: model.FlipNet((32, 64, 63), (0, 3, 4)), "a flip-equivariant layer needs an even width, not 63"),
+    (lambda: model.FlipNet((33, 64, 64), (0, 3, 4)),
+     "ValueError: a flip-equivariant layer needs an even width, not 33: correct it"),
+    (lambda: model.FlipNet((32, 64, 63), (0, 3, 4)),
+     "ValueError: a flip-equivariant layer needs an even width, not 63: correct it"),
 ])
 def test_a_network_of_ones_own_is_tried_first(build, message, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model.NETWORKS, "mine", build)
