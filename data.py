@@ -242,15 +242,16 @@ def flip_and_rotate(images: torch.Tensor, seed: int) -> torch.Tensor:
     return rotated
 
 
-def autoaugment(images: torch.Tensor, seed: int, group_size: int = 1) -> torch.Tensor:
+def autoaugment(images: torch.Tensor, seed: int, group_size: int = 1, black: bool = True) -> torch.Tensor:
     """AutoAugment with its CIFAR-10 policy (Cubuk et al. 2018, arXiv 1805.09501): uint8 (N, 32, 32, 3) -> the same.
 
     torchvision applies one random sub-policy to all images of a call. Each call gets `group_size`
     images, chosen at random: larger groups are faster, and the odds for a single image stay the same.
+    Where an image is moved, the gap is `black`, or of the mean colour of CIFAR-10.
     """
     from torchvision.transforms import v2  # slow to import, and needed for training only
 
-    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=None if black else (255 * MEAN).round().tolist())
     augmented = torch.empty_like(images)
     with torch.random.fork_rng(devices=[]):  # the policy draws from torch's global generator
         torch.default_generator.manual_seed(seed)
@@ -260,13 +261,21 @@ def autoaugment(images: torch.Tensor, seed: int, group_size: int = 1) -> torch.T
     return augmented
 
 
-def random_crop(images: torch.Tensor, padding: int, generator: torch.Generator) -> torch.Tensor:
-    """A random 32x32 crop of each image after zero padding at each border: uint8 (N, 32, 32, 3) -> the same."""
+def random_crop(
+    images: torch.Tensor, padding: int, generator: torch.Generator, black: bool = True,
+) -> torch.Tensor:
+    """A random 32x32 crop of each image after padding at each border: uint8 (N, 32, 32, 3) -> the same.
+
+    The padding is `black`, or the reflected image.
+    """
     n, size = len(images), images.shape[1]
-    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     corners = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator).to(images.device)
     rows, columns = corners + torch.arange(size, device=images.device)  # (n, size) each
-    return padded[torch.arange(n, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if black:
+        images = F.pad(images, (0, 0, padding, padding, padding, padding))
+    else:  # row -1 is row 1, row 32 is row 30
+        rows, columns = ((size - 1) - ((size - 1) - (i - padding).abs()).abs() for i in (rows, columns))
+    return images[torch.arange(n, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 # --- serve batches --------------------------------------------------------------------------------
@@ -296,11 +305,11 @@ class TrainLoader:
     def augment(self, seed: int) -> None:
         """Draw the two random versions of all images."""
         original, flipped, augmented = self.images.chunk(3)
-        group_size = self.recipe.autoaugment_group_size
+        options = self.recipe.autoaugment_group_size, self.recipe.black_borders
         flipped.copy_(flip_and_rotate(original, seed))
-        augmented.copy_(autoaugment(original, seed, group_size))
+        augmented.copy_(autoaugment(original, seed, *options))
         if self.recipe.autoaugment_flipped:
-            flipped.copy_(autoaugment(flipped, -1 - seed, group_size))  # negative: the seed of no other draw
+            flipped.copy_(autoaugment(flipped, -1 - seed, *options))  # negative: the seed of no other draw
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         seed = 10_000 * self.seed + self.epoch
@@ -313,7 +322,7 @@ class TrainLoader:
         for chosen in order.split(self.recipe.batch_size):
             images = self.images[chosen]
             if self.recipe.crop_padding:
-                images = random_crop(images, self.recipe.crop_padding, generator)
+                images = random_crop(images, self.recipe.crop_padding, generator, self.recipe.black_borders)
             yield normalize(images), self.labels[chosen]
 
 

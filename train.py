@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 import data
 import eval
@@ -58,6 +59,7 @@ class Recipe:
     lr: float = setting("peak learning rate; with muon, of the convolutions (of the rest: 0.1)", ABOVE_0)
     weight_decay: float = setting("of sgd and adamw", ("0 or more", lambda value: 0 <= value < math.inf))
     warmup_fraction: float = setting("share of the steps in which the learning rate rises", SHARE)
+    averaged_share: float = setting("share of the steps, the last ones, whose weights are averaged", SHARE, 0.0)
     # regularisation
     label_smoothing: float = setting("as in arXiv 1512.00567; unused with teachers", SHARE, 0.0)
     # augmentation: see data.TrainLoader
@@ -67,6 +69,8 @@ class Recipe:
     autoaugment_flipped: bool = setting("AutoAugment for the flipped version too", default=False)
     crop_padding: int = setting("pixels of padding for a random crop of each sample", (
         "from 0 to 32", lambda value: 0 <= value <= 32), 0)
+    black_borders: bool = setting("black where a crop or AutoAugment moves an image; if not, crops reflect it and "
+                                  "AutoAugment fills with grey", default=True)
     # speed
     low_resolution_share: float = setting("share of the steps on small images (progressive resizing)", SHARE, 0.0)
     amp_bf16: bool = setting("bfloat16 autocast, where the hardware has bfloat16", default=True)
@@ -215,13 +219,15 @@ class Run:
     def __init__(self, directory: Path, settings: dict, machine: dict, network: nn.Module, optimizers: list):
         self.directory, self.settings, self.network, self.optimizers = directory, settings, network, optimizers
         self.history, self.sittings = [], [machine | {"epochs": 0, "seconds": 0.0}]
+        self.averaged = AveragedModel(network)  # whose weights are the mean of those that it is updated with
         self.prefix = "val" if settings["validate"] else "test"  # of the columns that measure the network
         self.start, self.can_draw = time.perf_counter(), True
         self.draw()  # so that a missing matplotlib is reported before the first step
 
     def restore(self) -> None:
         """Continue the run in the directory. Raises UserError if there is none, or if its settings differ."""
-        path, names = self.directory / "checkpoint.pt", {"settings", "history", "sittings", "network", "optimizers"}
+        path = self.directory / "checkpoint.pt"
+        names = {"settings", "history", "sittings", "network", "averaged", "optimizers"}
         checkpoint = model.load_archive(path, names, "start again with --overwrite in place of --resume")
         saved = checkpoint["settings"]
         changes = {name: f"{name} was {saved.get(name)}, is {self.settings.get(name)}"
@@ -232,6 +238,7 @@ class Run:
             raise UserError(f"{self.directory} holds another run ({', '.join(changes.values())}): "
                             "repeat its options, or name another --run-dir")
         model.load_state(self.network, checkpoint["network"], path, self.settings["network"])
+        self.averaged.load_state_dict(checkpoint["averaged"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.history, self.sittings = checkpoint["history"], checkpoint["sittings"] + self.sittings
@@ -241,7 +248,8 @@ class Run:
         self.sittings[-1] |= {"epochs": self.sittings[-1]["epochs"] + 1, "seconds": time.perf_counter() - self.start}
         model.save_archive(self.directory / "checkpoint.pt", {
             "settings": self.settings, "history": history, "sittings": self.sittings,
-            "network": self.network.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]})
+            "network": self.network.state_dict(), "averaged": self.averaged.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers]})
         if not self.history:  # now there is something in the place of an older run
             for name in ("result.json", "weights.pkl"):
                 (self.directory / name).unlink(missing_ok=True)
@@ -287,21 +295,35 @@ def table_line(row: dict, prefix: str, left: str = "") -> str:
 # --- the run --------------------------------------------------------------------------------------
 
 def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict[str, Split]) -> None:
-    """Train to the last epoch, and after each measure the network on `splits`, which name the columns of the log."""
+    """Train to the last epoch, and after each measure the network on `splits`, which name the columns of the log.
+
+    After the last epoch the network gets the mean of its weights after each step of the averaged share, and batch norm
+    its statistics with these weights (stochastic weight averaging, Izmailov et al. 2018, arXiv 1803.05407).
+    """
     recipe, n = loader.recipe, len(loader)
     total_steps = max(1, round(recipe.epochs * n))
     sizes = [image_size((step + 0.5) / total_steps, recipe.low_resolution_share) for step in range(total_steps)]
     progress = Progress(rehearse(run.network, teachers, loader, sizes), len(run.history) * n, n)
+
+    def after_step(step: int) -> None:
+        if step >= (1 - recipe.averaged_share) * total_steps:
+            run.averaged.update_parameters(run.network)
+        progress.after_step(step)
+
     for epoch in range(len(run.history), math.ceil(total_steps / n)):
         start = time.perf_counter()
         torch.manual_seed(10_000 * loader.seed + epoch)  # for dropout
         loader.epoch = epoch
         steps = range(epoch * n, min((epoch + 1) * n, total_steps))
         loss = train_one_epoch(
-            run.network, teachers, loader, run.optimizers, recipe, steps, sizes, progress.after_step)
+            run.network, teachers, loader, run.optimizers, recipe, steps, sizes, after_step)
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} in epoch {epoch + 1}: try a smaller --lr, or --optimizer adamw --lr 0.001")
+        if recipe.averaged_share and steps[-1] == total_steps - 1:
+            with torch.autocast(loader.images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
+                update_bn(loader, run.averaged)
+            run.network.load_state_dict(run.averaged.module.state_dict())
         row = {"epoch": min(epoch + 1, recipe.epochs)}
         for prefix, split in splits.items():
             row[f"{prefix}_accuracy"], row[f"{prefix}_loss"] = eval.evaluate(run.network, split)

@@ -341,6 +341,16 @@ def test_images_that_share_a_draw():
     assert torch.equal(data.autoaugment(different, 3, group_size=8), data.autoaugment(different, 3, group_size=8))
 
 
+@pytest.mark.parametrize("black", [True, False])
+def test_what_a_moved_image_leaves(black):
+    """Where AutoAugment moves a white image, the gap is grey without black borders, and only then."""
+    white = Split(torch.full((200, 32, 32, 3), 255, dtype=torch.uint8), torch.zeros(200, dtype=torch.long))
+    *_, augmented = augmented_set(white, black_borders=black).chunk(3)
+    grey = (augmented == torch.tensor([125, 123, 114])).all(dim=3)
+    assert grey[:, [0, -1]].float().mean() > 0.02 if not black else not grey.any()
+    assert not grey[:, 15:17, 15:17].all()
+
+
 def test_augmentation_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -371,10 +381,11 @@ def test_rotation_against_pillow():
     assert (rotated.sum(axis=-1) > 0).sum() > 1000  # no black corners
 
 
-def test_random_crops_are_windows_of_the_padded_image():
+@pytest.mark.parametrize("black, mode", [(True, "constant"), (False, "reflect")])
+def test_random_crops_are_windows_of_the_padded_image(black, mode):
     images = make_split(60).images
-    crops = data.random_crop(images, 3, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(images, (0, 0, 3, 3, 3, 3))
+    crops = data.random_crop(images, 3, torch.Generator().manual_seed(0), black)
+    padded = torch.from_numpy(np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode))
     shifts = set()
     for crop, image in zip(crops, padded, strict=True):
         shifts.add(next((i, j) for i in range(7) for j in range(7) if torch.equal(crop, image[i:i + 32, j:j + 32])))

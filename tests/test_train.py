@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -357,13 +358,40 @@ def whole_and_in_parts(dataset, folder, monkeypatch, *options: str) -> tuple[Pat
 
 
 def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
-    options = ("--recipe", "fast", "--lr", "0.02")
+    options = ("--recipe", "fast", "--lr", "0.02", "--averaged-share", "0.7")  # the mean begins in the first epoch
     whole, parts = whole_and_in_parts(dataset, tmp_path, monkeypatch, *options)
     assert float(rows_of(whole)[-1]["test_accuracy"]) > 60  # ten classes: chance is 10
     assert_same_runs(whole, parts)
     assert train_in(tmp_path / "fixed", dataset, *options, "--epochs", "2", "--no-resample") == 0
     losses, fixed = ([row["batch_loss"] for row in rows_of(folder)] for folder in (whole, tmp_path / "fixed"))
     assert losses[0] == fixed[0] and losses[1] != fixed[1]  # the second epoch has other draws
+
+
+def test_the_weights_of_the_last_steps_are_averaged(dataset, tmp_path, monkeypatch):
+    """The network that is saved has their mean, and norms with statistics of their own."""
+    runs, weights = [], []
+
+    class Run(train.Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            runs.append(self)
+
+    def after_step(progress, step):
+        weights.append([parameter.detach().clone() for parameter in runs[0].network.parameters()])
+
+    monkeypatch.setattr(train, "Run", Run)
+    monkeypatch.setattr(train.Progress, "after_step", after_step)
+    assert train_in(tmp_path, dataset, "--recipe", "fast", "--epochs", "2", "--averaged-share", "0.4") == 0
+    first = math.ceil(0.6 * len(weights))
+    network, _ = model.load_weights(tmp_path / "weights.pkl")
+    for parameter, *steps in zip(network.parameters(), *weights[first:], strict=True):
+        assert torch.allclose(parameter, torch.stack(steps).mean(dim=0), atol=1e-5)
+    norm = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    assert norm.num_batches_tracked == len(weights) // 2  # of one epoch
+    last = rows_of(tmp_path)[-1]
+    assert float(last["test_accuracy"]) > 60  # ten classes: chance is 10
+    test = data.load_split(dataset, "test")
+    assert (float(last["test_accuracy"]), float(last["test_loss"])) == eval.evaluate(network, test)
 
 
 # --- what a run must not replace ------------------------------------------------------------------
