@@ -309,7 +309,7 @@ def test_a_run_moves_to_a_machine_without_bfloat16(dataset, tmp_path, monkeypatc
 def test_a_checkpoint_is_no_weights_file(finished, capsys):
     assert eval.main(["--weights", str(finished / "checkpoint.pt")]) == 2
     error = capsys.readouterr().err
-    assert "holds 'settings, history, sittings, network, optimizers', not metadata, state: name the" in error
+    assert "holds 'settings, history, sittings, network, averaged, optimizers', not metadata, state: name the" in error
     assert error.count("\n") == 1
 
 
