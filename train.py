@@ -14,6 +14,7 @@ A run leaves weights.pkl, metrics.csv, accuracy.png, loss.png, result.json and c
 """
 
 import argparse
+import collections
 import copy
 import dataclasses
 import functools
@@ -59,7 +60,7 @@ class Recipe:
     lr: float = setting("peak learning rate; with muon, of the convolutions (of the rest: 0.1)", ABOVE_0)
     weight_decay: float = setting("of sgd and adamw", ("0 or more", lambda value: 0 <= value < math.inf))
     warmup_fraction: float = setting("share of the steps in which the learning rate rises", SHARE)
-    averaged_share: float = setting("share of the steps, the last ones, whose weights are averaged", SHARE, 0.0)
+    averaged_share: float = setting("share of the epochs, the last ones, whose weights are averaged", SHARE, 0.0)
     # regularisation
     label_smoothing: float = setting("as in arXiv 1512.00567; unused with teachers", SHARE, 0.0)
     # augmentation: see data.TrainLoader
@@ -74,6 +75,7 @@ class Recipe:
     # speed
     low_resolution_share: float = setting("share of the steps on small images (progressive resizing)", SHARE, 0.0)
     amp_bf16: bool = setting("bfloat16 autocast, where the hardware has bfloat16", default=True)
+    compile: bool = setting("torch.compile, on CUDA: a minute for each image size, then faster steps", default=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -96,7 +98,8 @@ RECIPES = {
 RECIPES["quick"] = dataclasses.replace(  # about 80 % as soon as possible; so short a run memorises little
     RECIPES["fast"], epochs=1, batch_size=64, lr=0.05, warmup_fraction=0.3, random_versions=False, crop_padding=0)
 RECIPES["best"] = dataclasses.replace(  # for long runs, with or without teachers
-    RECIPES["fast"], network="gated32", epochs=40, autoaugment_flipped=True, crop_padding=4)
+    RECIPES["fast"], network="gated32", epochs=60, averaged_share=0.4, autoaugment_group_size=250,
+    autoaugment_flipped=True, crop_padding=4, black_borders=False)
 
 
 # --- optimisation ---------------------------------------------------------------------------------
@@ -121,37 +124,50 @@ class Muon(torch.optim.Optimizer):
     dies, and no weight decay is needed.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.9):
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.9, compile: bool = False):
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.update = torch.compile(muon_update, dynamic=False) if compile else muon_update
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            updates = {}  # by shape: matrices of one shape are orthogonalised together, for speed
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-                    buffer.lerp_(weight.grad, 1 - group["momentum"])
-                    update = weight.grad.lerp(buffer, group["momentum"]).flatten(1)  # Nesterov momentum
-                    updates.setdefault(update.shape, []).append((weight, update))
-            for (rows, columns), pairs in updates.items():
-                weights, matrices = zip(*pairs, strict=True)
-                step_size = group["lr"] * max(1, rows / columns) ** 0.5
-                for weight, update in zip(weights, orthogonalize(torch.stack(matrices)), strict=True):
-                    weight.copy_(F.normalize(weight.flatten(1) - step_size * update).view_as(weight))
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            buffers = [self.state[w].setdefault("momentum_buffer", torch.zeros_like(w)) for w in weights]
+            self.update(weights, [weight.grad for weight in weights], buffers, group["lr"], group["momentum"])
+
+
+def muon_update(
+    weights: list[torch.Tensor], grads: list[torch.Tensor], buffers: list[torch.Tensor],
+    lr: float | torch.Tensor, momentum: float,
+) -> None:
+    """One step of Muon, in place; `buffers` are running means of the gradients."""
+    by_shape = {}  # matrices of one shape are orthogonalised together, for speed
+    for weight, grad, buffer in zip(weights, grads, buffers, strict=True):
+        buffer.lerp_(grad, 1 - momentum)
+        by_shape.setdefault(weight.flatten(1).shape, []).append((weight, grad, buffer))
+    for (rows, columns), tensors in by_shape.items():
+        matrices, gradients, averages = (
+            torch.stack([tensor.flatten(1) for tensor in kind]) for kind in zip(*tensors, strict=True))
+        updates = orthogonalize(gradients.lerp(averages, momentum))  # Nesterov momentum
+        matrices = F.normalize(matrices - lr * max(1, rows / columns) ** 0.5 * updates, dim=2)
+        for (weight, _, _), matrix in zip(tensors, matrices, strict=True):
+            weight.copy_(matrix.view_as(weight))
 
 
 def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """SGD, AdamW, or Muon for the weights of the convolutions with SGD for all other parameters."""
-    sgd = {"momentum": 0.9, "nesterov": True}
+    on_cuda = next(network.parameters()).is_cuda  # a CUDA graph needs optimizers that leave the learning rate there
+    sgd = {"momentum": 0.9, "nesterov": True, "fused": on_cuda}
     if recipe.optimizer == "sgd":
         return [torch.optim.SGD(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **sgd)]
     if recipe.optimizer == "adamw":
-        return [torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)]
+        return [torch.optim.AdamW(
+            network.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=on_cuda, capturable=on_cuda)]
     weights = [p for name, p in network.named_parameters() if name.endswith("weight") and p.ndim > 1]
     kernels = [p for p in weights[:-1] if p.ndim == 4]  # not the last layer: it sets the scale of the logits
     others = [p for p in network.parameters() if p not in set(kernels)]
-    return [*([Muon(kernels, recipe.lr)] if kernels else []), torch.optim.SGD(others, 0.1, **sgd)]
+    muon = [Muon(kernels, recipe.lr, compile=recipe.compile)] if kernels else []
+    return [*muon, torch.optim.SGD(others, 0.1, **sgd)]
 
 
 def lr_factor(progress: float, warmup_fraction: float) -> float:
@@ -164,46 +180,100 @@ def lr_factor(progress: float, warmup_fraction: float) -> float:
 
 # --- training -------------------------------------------------------------------------------------
 
-def train_one_epoch(
-    network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, optimizers: list[torch.optim.Optimizer],
-    recipe: Recipe, steps: range, sizes: list[int], after_step: Callable[[int], None] = lambda step: None,
-) -> float:
-    """One pass through `loader`, or a part of it: `steps` are its step numbers, `sizes` the image sizes of all steps.
+class CUDAGraphs:
+    """A function of tensors on a GPU, whose kernels are recorded for each shape of the inputs, then launched together.
+
+    Launches are what bounds so small a network (pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). The first
+    calls with a shape are plain ones, in which optimizers create their state. A result is overwritten by the next.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls, self.graphs = function, collections.Counter(), {}
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        shapes = tuple(tensor.shape for tensor in inputs)
+        self.calls[shapes] += 1
+        if self.calls[shapes] <= 3:
+            return self.function(*inputs)
+        if shapes not in self.graphs:
+            copies, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.function(*copies)
+            self.graphs[shapes] = graph, copies, result
+        graph, copies, result = self.graphs[shapes]
+        for copied, tensor in zip(copies, inputs, strict=True):
+            copied.copy_(tensor)
+        graph.replay()
+        return result
+
+
+def make_step(
+    network: nn.Module, teachers: list[nn.Module], optimizers: list[torch.optim.Optimizer], recipe: Recipe,
+    sizes: list[int],
+) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function that takes a step, given its number and a batch, and returns the summed cross-entropy of the batch,
+    without label smoothing. `sizes` are the image sizes of all steps.
 
     If there are teachers, their probabilities replace the labels (Hinton et al. 2015, arXiv 1503.02531). They take
-    turns, one per batch, which is cheaper than their mean and has the same expected target. Returns the mean
-    cross-entropy with these targets, without label smoothing.
+    turns, one per batch, which is cheaper than their mean and has the same expected target.
     """
-    loss_sum = samples = 0  # the sum becomes a tensor, which is read once
-    network.train()
-    for step, (images, labels) in zip(steps, loader, strict=False):  # the last epoch may be partial
-        progress = (step + 0.5) / len(sizes)  # in the middle of the step, so the learning rate is never zero
-        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress, recipe.warmup_fraction)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
-            logits = network(resize(images, sizes[step])).float()
-            with torch.no_grad():
-                targets = teachers[step % len(teachers)](images).float().softmax(dim=1) if teachers else labels
+    device = next(network.parameters()).device
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, recipe.amp_bf16, cache_enabled=False)
+    # in the middle of the step, so the learning rate is never zero
+    factors = [lr_factor((step + 0.5) / len(sizes), recipe.warmup_fraction) for step in range(len(sizes))]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    compiled = torch.compile(network, dynamic=False) if recipe.compile else network
+
+    def update(images: torch.Tensor, targets: torch.Tensor, factor: float) -> torch.Tensor:
+        for group in groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        forward = compiled if len(images) == recipe.batch_size else network  # not for the short batch
+        with autocast():
+            logits = forward(images).float()
         network.zero_grad()
         F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing).backward()
         for optimizer in optimizers:
             optimizer.step()
-        loss_sum += F.cross_entropy(logits.detach(), targets, reduction="sum")
+        return F.cross_entropy(logits.detach(), targets, reduction="sum")
+
+    if device.type == "cuda":
+        factors = torch.tensor(factors, device=device)
+        update, teachers = CUDAGraphs(update), [CUDAGraphs(teacher) for teacher in teachers]
+
+    def step(number: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        targets = labels
+        if teachers:
+            with autocast(), torch.no_grad():
+                targets = teachers[number % len(teachers)](images).float().softmax(dim=1)
+        return update(resize(images, sizes[number]), targets, factors[number])
+
+    return step
+
+
+def train_one_epoch(
+    network: nn.Module, step: Callable, loader: TrainLoader, steps: range,
+    after_step: Callable[[int], None] = lambda number: None,
+) -> float:
+    """One pass through `loader`, or a part of it: `steps` are its step numbers. Returns the mean cross-entropy."""
+    loss_sum = samples = 0  # the sum becomes a tensor, which is read once
+    network.train()
+    for number, (images, labels) in zip(steps, loader, strict=False):  # the last epoch may be partial
+        loss_sum += step(number, images, labels)
         samples += len(labels)
-        after_step(step)
+        after_step(number)
     return loss_sum.item() / samples
 
 
 def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int]) -> list[float]:
     """The seconds of each step of a run, by its image size: the least of three, with a copy of the network."""
-    network, recipe = copy.deepcopy(network), loader.recipe
+    network, recipe = copy.deepcopy(network), dataclasses.replace(loader.recipe, compile=False)
     few = TrainLoader(Split(loader.images[:500], loader.labels[:500]), recipe)
     optimizers = build_optimizers(network, recipe)
 
-    def step(size: int) -> None:
-        train_one_epoch(network, teachers, few, optimizers, recipe, range(1), [size])
+    def run_step(size: int) -> None:
+        train_one_epoch(network, make_step(network, teachers, optimizers, recipe, [size]), few, range(1))
 
-    seconds = {size: min(timeit.repeat(functools.partial(step, size), number=1, repeat=3)) for size in set(sizes)}
+    seconds = {size: min(timeit.repeat(functools.partial(run_step, size), number=1, repeat=3)) for size in set(sizes)}
     return [seconds[size] for size in sizes]
 
 
@@ -221,7 +291,7 @@ class Run:
         self.history, self.sittings = [], [machine | {"epochs": 0, "seconds": 0.0}]
         self.averaged = AveragedModel(network)  # whose weights are the mean of those that it is updated with
         self.prefix = "val" if settings["validate"] else "test"  # of the columns that measure the network
-        self.start, self.can_draw = time.perf_counter(), True
+        self.start, self.can_draw, self.drawn = time.perf_counter(), True, 0.0
         self.draw()  # so that a missing matplotlib is reported before the first step
 
     def restore(self) -> None:
@@ -232,15 +302,15 @@ class Run:
         saved = checkpoint["settings"]
         changes = {name: f"{name} was {saved.get(name)}, is {self.settings.get(name)}"
                    for name in sorted(self.settings | saved) if saved.get(name) != self.settings.get(name)}
-        if precision := changes.pop("amp_bf16", None):
-            say(f"{precision}: the run goes on in the precision of this machine")
+        for change in [changes.pop(name) for name in ("amp_bf16", "compile") if name in changes]:
+            say(f"{change}: the run goes on with other rounding errors")
         if changes:
             raise UserError(f"{self.directory} holds another run ({', '.join(changes.values())}): "
                             "repeat its options, or name another --run-dir")
         model.load_state(self.network, checkpoint["network"], path, self.settings["network"])
         self.averaged.load_state_dict(checkpoint["averaged"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # the rest follows from the settings
         self.history, self.sittings = checkpoint["history"], checkpoint["sittings"] + self.sittings
 
     def save_epoch(self, row: dict) -> None:
@@ -249,17 +319,19 @@ class Run:
         model.save_archive(self.directory / "checkpoint.pt", {
             "settings": self.settings, "history": history, "sittings": self.sittings,
             "network": self.network.state_dict(), "averaged": self.averaged.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers]})
+            "optimizers": [o.state_dict()["state"] for o in self.optimizers]})
         if not self.history:  # now there is something in the place of an older run
             for name in ("result.json", "weights.pkl"):
                 (self.directory / name).unlink(missing_ok=True)
         self.history = history
         table = [",".join(map(str, line)) + "\n" for line in (row, *[epoch.values() for epoch in history])]
         data.atomic_write(self.directory / "metrics.csv", "".join(table).encode())
-        self.draw()
+        if time.perf_counter() - self.drawn > 20:  # seconds; on a GPU an epoch takes three
+            self.draw()
 
     def draw(self) -> None:
         """Draw accuracy.png and loss.png; before the first epoch, only try to."""
+        self.drawn = time.perf_counter() if self.history else -math.inf
         try:
             for quantity in ("accuracy", "loss") if self.can_draw else ():
                 graph = eval.plot_history(self.history, quantity, f"CIFAR-10: {self.directory.resolve().name}")
@@ -271,6 +343,7 @@ class Run:
 
     def finish(self, result: dict, places: list[Path]) -> float:
         """Write the weights to these places, and result.json. Returns the seconds of all sittings."""
+        self.draw()
         metadata = {name: kind((self.settings | result)[name]) for name, kind in model.METADATA.items()}
         for path in places:
             model.save_weights(path, self.network, metadata)
@@ -297,37 +370,35 @@ def table_line(row: dict, prefix: str, left: str = "") -> str:
 def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict[str, Split]) -> None:
     """Train to the last epoch, and after each measure the network on `splits`, which name the columns of the log.
 
-    After the last epoch the network gets the mean of its weights after each step of the averaged share, and batch norm
+    After the last epoch the network gets the mean of its weights after each epoch of the averaged share, and batch norm
     its statistics with these weights (stochastic weight averaging, Izmailov et al. 2018, arXiv 1803.05407).
     """
     recipe, n = loader.recipe, len(loader)
     total_steps = max(1, round(recipe.epochs * n))
     sizes = [image_size((step + 0.5) / total_steps, recipe.low_resolution_share) for step in range(total_steps)]
+    step = make_step(run.network, teachers, run.optimizers, recipe, sizes)
     progress = Progress(rehearse(run.network, teachers, loader, sizes), len(run.history) * n, n)
-
-    def after_step(step: int) -> None:
-        if step >= (1 - recipe.averaged_share) * total_steps:
-            run.averaged.update_parameters(run.network)
-        progress.after_step(step)
 
     for epoch in range(len(run.history), math.ceil(total_steps / n)):
         start = time.perf_counter()
         torch.manual_seed(10_000 * loader.seed + epoch)  # for dropout
         loader.epoch = epoch
         steps = range(epoch * n, min((epoch + 1) * n, total_steps))
-        loss = train_one_epoch(
-            run.network, teachers, loader, run.optimizers, recipe, steps, sizes, after_step)
+        loss = train_one_epoch(run.network, step, loader, steps, progress.after_step)
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} in epoch {epoch + 1}: try a smaller --lr, or --optimizer adamw --lr 0.001")
-        if recipe.averaged_share and steps[-1] == total_steps - 1:
-            with torch.autocast(loader.images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
-                update_bn(loader, run.averaged)
-            run.network.load_state_dict(run.averaged.module.state_dict())
+        if recipe.averaged_share and epoch + 1 > (1 - recipe.averaged_share) * recipe.epochs:
+            run.averaged.update_parameters(run.network)
+            if steps[-1] == total_steps - 1:
+                with torch.autocast(loader.images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
+                    update_bn(loader, run.averaged)
+                run.network.load_state_dict(run.averaged.module.state_dict())
         row = {"epoch": min(epoch + 1, recipe.epochs)}
         for prefix, split in splits.items():
             row[f"{prefix}_accuracy"], row[f"{prefix}_loss"] = eval.evaluate(run.network, split)
-        lr = run.optimizers[0].param_groups[0]["lr"]
+        lr = run.optimizers[0].param_groups[0]["initial_lr"] * lr_factor(
+            (steps[-1] + 0.5) / total_steps, recipe.warmup_fraction)
         run.save_epoch(row | {"batch_loss": loss, "lr": lr, "seconds": time.perf_counter() - start})
         say(table_line(run.history[-1], run.prefix, progress.left(steps[-1])))
 
@@ -338,6 +409,7 @@ def settings_in_effect(recipe: Recipe, network: nn.Module, has_teachers: bool, d
         say(f"network {recipe.network} takes images of 32x32 only: no progressive resizing")
         recipe = dataclasses.replace(recipe, low_resolution_share=0.0)
     return dataclasses.replace(recipe, amp_bf16=recipe.amp_bf16 and eval.has_bf16(device),
+                               compile=recipe.compile and device.type == "cuda",
                                label_smoothing=0.0 if has_teachers else recipe.label_smoothing)
 
 

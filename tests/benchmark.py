@@ -21,7 +21,7 @@ import torch
 import eval
 import model
 from data import DEFAULT_DATA_DIR, Split, TrainLoader, load_training_data, normalize, path_option
-from train import RECIPES, Recipe, build_optimizers, train_one_epoch
+from train import RECIPES, Recipe, build_optimizers, make_step, train_one_epoch
 
 
 def alternate(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -43,7 +43,8 @@ def training_step(recipe: Recipe, train: Split, size: int = 32, teachers: int = 
     optimizers = build_optimizers(network, recipe)
     exported = [model.export(network).to(memory_format=torch.channels_last) for _ in range(teachers)]
     batch = normalize(train.images[: recipe.batch_size]), train.labels[: recipe.batch_size]
-    return lambda: train_one_epoch(network, exported, [batch], optimizers, recipe, range(1), [size])
+    step = make_step(network, exported, optimizers, recipe, [size])
+    return lambda: train_one_epoch(network, step, [batch], range(1))
 
 
 def print_steps(train: Split, rounds: int) -> None:

@@ -1,5 +1,6 @@
 """train.py: what a run leaves behind, resuming, what a run must not replace, the optimisation, the options."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -300,7 +301,7 @@ def test_a_run_moves_to_a_machine_without_bfloat16(dataset, tmp_path, monkeypatc
     interrupt_after_an_epoch(monkeypatch, train_in, tmp_path, dataset, "--epochs", "2")
     monkeypatch.setattr(eval, "has_bf16", lambda device: False)
     assert train_in(tmp_path, dataset, "--epochs", "2", "--resume") == 0
-    assert "amp_bf16 was True, is False: the run goes on in the precision of this machine" in capsys.readouterr().out
+    assert "amp_bf16 was True, is False: the run goes on with other rounding errors" in capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     assert [(sitting["bfloat16"], sitting["epochs"]) for sitting in result["sittings"]] == [(True, 1), (False, 1)]
     assert result["seconds"] == pytest.approx(sum(sitting["seconds"] for sitting in result["sittings"]), abs=0.1)
@@ -367,27 +368,23 @@ def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
     assert losses[0] == fixed[0] and losses[1] != fixed[1]  # the second epoch has other draws
 
 
-def test_the_weights_of_the_last_steps_are_averaged(dataset, tmp_path, monkeypatch):
+def test_the_weights_of_the_last_epochs_are_averaged(dataset, tmp_path, monkeypatch):
     """The network that is saved has their mean, and norms with statistics of their own."""
-    runs, weights = [], []
+    weights, train_one_epoch = [], train.train_one_epoch
 
-    class Run(train.Run):
-        def __init__(self, *args):
-            super().__init__(*args)
-            runs.append(self)
+    def train_and_keep(network, step, loader, steps, *args):
+        loss = train_one_epoch(network, step, loader, steps, *args)
+        if len(steps) > 1:  # not in a rehearsal
+            weights.append([parameter.detach().clone() for parameter in network.parameters()])
+        return loss
 
-    def after_step(progress, step):
-        weights.append([parameter.detach().clone() for parameter in runs[0].network.parameters()])
-
-    monkeypatch.setattr(train, "Run", Run)
-    monkeypatch.setattr(train.Progress, "after_step", after_step)
-    assert train_in(tmp_path, dataset, "--recipe", "fast", "--epochs", "2", "--averaged-share", "0.4") == 0
-    first = math.ceil(0.6 * len(weights))
+    monkeypatch.setattr(train, "train_one_epoch", train_and_keep)
+    assert train_in(tmp_path, dataset, "--recipe", "fast", "--epochs", "3", "--averaged-share", "0.5") == 0
     network, _ = model.load_weights(tmp_path / "weights.pkl")
-    for parameter, *steps in zip(network.parameters(), *weights[first:], strict=True):
-        assert torch.allclose(parameter, torch.stack(steps).mean(dim=0), atol=1e-5)
+    for parameter, _, *last_two in zip(network.parameters(), *weights, strict=True):
+        assert torch.allclose(parameter, torch.stack(last_two).mean(dim=0), atol=1e-5)
     norm = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
-    assert norm.num_batches_tracked == len(weights) // 2  # of one epoch
+    assert norm.num_batches_tracked == 20  # of one epoch: 600 images in batches of 30
     last = rows_of(tmp_path)[-1]
     assert float(last["test_accuracy"]) > 60  # ten classes: chance is 10
     test = data.load_split(dataset, "test")
@@ -571,7 +568,8 @@ def test_the_teachers_take_turns():
                 for k in (3, 7)]
     loader = make_loader(make_split(20), batch_size=30)
     recipe = dataclasses.replace(train.RECIPES["report"], amp_bf16=False)
-    loss = train.train_one_epoch(student, teachers, loader, [], recipe, range(2), [32, 32])
+    step = train.make_step(student, teachers, [], recipe, [32, 32])
+    loss = train.train_one_epoch(student, step, loader, range(2))
     expected = [F.cross_entropy(student(images), teacher(images).exp()).item()
                 for (images, _), teacher in zip(loader, teachers, strict=True)]
     assert loss == pytest.approx(sum(expected) / 2, rel=1e-4) and abs(expected[0] - expected[1]) > 1e-3
@@ -628,8 +626,36 @@ def test_the_loss_that_is_logged_has_no_label_smoothing():
             module.train = lambda mode, module=module: module  # keeps the running statistics in use
     loader = make_loader(make_split(20), batch_size=60)
     recipe = dataclasses.replace(train.RECIPES["fast"], low_resolution_share=0.0, amp_bf16=False)
-    loss = train.train_one_epoch(network, [], loader, [], recipe, range(1), [32])
+    loss = train.train_one_epoch(network, train.make_step(network, [], [], recipe, [32]), loader, range(1))
     assert loss == pytest.approx(eval.evaluate(network, Split(loader.images, loader.labels))[1], rel=1e-4)
+
+
+def test_cuda_graphs(monkeypatch):
+    """A stand-in for a GPU: a graph computes what was recorded, with the tensors that it was recorded with."""
+    calls, replays = [], []
+
+    def double(images, factor):
+        calls.append((images, factor, result := images * factor))
+        return result
+
+    class Graph:
+        def replay(self):
+            images, factor, result = self.recorded
+            replays.append(result.copy_(images * factor))
+
+    @contextlib.contextmanager
+    def record(graph):
+        yield
+        graph.recorded = calls[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    graphs, factor = train.CUDAGraphs(double), torch.tensor(2.0)
+    for n in range(1, 7):
+        for size in (3, 5):
+            images = torch.full((2, size), float(n))
+            assert torch.equal(graphs(images, factor * n), images * 2 * n)
+    assert len(calls) == 2 * 4 and len(replays) == 2 * 3  # of each size three plain calls and a recorded one
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
