@@ -269,7 +269,8 @@ def random_crop(
     The padding is `black`, or the reflected image.
     """
     n, size = len(images), images.shape[1]
-    corners = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator).to(images.device, non_blocking=True)
+    corners = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
+    corners = corners.to(images.device, non_blocking=images.is_cuda)
     rows, columns = corners + torch.arange(size, device=images.device)  # (n, size) each
     if black:
         images = F.pad(images, (0, 0, padding, padding, padding, padding))
@@ -328,7 +329,7 @@ class TrainLoader:
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32), contiguous, with zero mean and unit variance per channel."""
-    mean, std = (255 * values.to(images.device, non_blocking=True) for values in (MEAN, STD))
+    mean, std = (255 * values.to(images.device, non_blocking=images.is_cuda) for values in (MEAN, STD))
     return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 

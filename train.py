@@ -5,7 +5,7 @@
     python train.py --network plain               another network of model.py, or your own
     python train.py --recipe quick                about 80 % in a minute or two
     python train.py --recipe report               the report's network and settings
-    python train.py --recipe best                 hours, for accuracy
+    python train.py --recipe best                 for accuracy: hours on a CPU, minutes on a GPU
     python train.py --recipe best --teachers A B  distillation from the networks saved in A and B
     python train.py --validate                    hold out 5,000 training images and measure on them
     python train.py --resume                      continue an interrupted run
@@ -24,6 +24,7 @@ import math
 import sys
 import time
 import timeit
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,7 +76,9 @@ class Recipe:
     # speed
     low_resolution_share: float = setting("share of the steps on small images (progressive resizing)", SHARE, 0.0)
     amp_bf16: bool = setting("bfloat16 autocast, where the hardware has bfloat16", default=True)
-    compile: bool = setting("torch.compile, on CUDA: a minute for each image size, then faster steps", default=False)
+    cuda_graphs: bool = setting("on CUDA, record a step and replay it; off for a network that branches in Python",
+                                default=True)
+    compile: bool = setting("on CUDA, torch.compile: a minute for each image size, then faster steps", default=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -100,6 +103,9 @@ RECIPES["quick"] = dataclasses.replace(  # about 80 % as soon as possible; so sh
 RECIPES["best"] = dataclasses.replace(  # for long runs, with or without teachers
     RECIPES["fast"], network="gated32", epochs=60, averaged_share=0.4, autoaugment_group_size=250,
     autoaugment_flipped=True, crop_padding=4, black_borders=False)
+
+
+SPEED = ("cuda_graphs", "compile")  # settings that do not change what a run is
 
 
 # --- optimisation ---------------------------------------------------------------------------------
@@ -132,7 +138,10 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            buffers = [self.state[w].setdefault("momentum_buffer", torch.zeros_like(w)) for w in weights]
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
             self.update(weights, [weight.grad for weight in weights], buffers, group["lr"], group["momentum"])
 
 
@@ -156,7 +165,7 @@ def muon_update(
 
 def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """SGD, AdamW, or Muon for the weights of the convolutions with SGD for all other parameters."""
-    on_cuda = next(network.parameters()).is_cuda  # a CUDA graph needs optimizers that leave the learning rate there
+    on_cuda = next(network.parameters()).is_cuda  # these options let the learning rate be a tensor, for a CUDA graph
     sgd = {"momentum": 0.9, "nesterov": True, "fused": on_cuda}
     if recipe.optimizer == "sgd":
         return [torch.optim.SGD(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **sgd)]
@@ -184,7 +193,8 @@ class CUDAGraphs:
     """A function of tensors on a GPU, whose kernels are recorded for each shape of the inputs, then launched together.
 
     Launches are what bounds so small a network (pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). The first
-    calls with a shape are plain ones, in which optimizers create their state. A result is overwritten by the next.
+    calls with a shape are plain ones, in which optimizers create their state. A result is overwritten by the next one
+    of its shape. Raises UserError for a function that cannot be recorded: one that reads a tensor's value, for example.
     """
 
     def __init__(self, function: Callable):
@@ -197,8 +207,11 @@ class CUDAGraphs:
             return self.function(*inputs)
         if shapes not in self.graphs:
             copies, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = self.function(*copies)
+            try:
+                with torch.cuda.graph(graph):
+                    result = self.function(*copies)
+            except RuntimeError as error:
+                raise UserError(f"the network cannot be recorded ({one_line(error)}): use --no-cuda-graphs") from error
             self.graphs[shapes] = graph, copies, result
         graph, copies, result = self.graphs[shapes]
         for copied, tensor in zip(copies, inputs, strict=True):
@@ -218,7 +231,8 @@ def make_step(
     turns, one per batch, which is cheaper than their mean and has the same expected target.
     """
     device = next(network.parameters()).device
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, recipe.amp_bf16, cache_enabled=False)
+    # a CUDA graph must not use a cast that was cached before
+    autocast = torch.autocast(device.type, torch.bfloat16, recipe.amp_bf16, cache_enabled=False)
     # in the middle of the step, so the learning rate is never zero
     factors = [lr_factor((step + 0.5) / len(sizes), recipe.warmup_fraction) for step in range(len(sizes))]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -227,8 +241,8 @@ def make_step(
     def update(images: torch.Tensor, targets: torch.Tensor, factor: float) -> torch.Tensor:
         for group in groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        forward = compiled if len(images) == recipe.batch_size else network  # not for the short batch
-        with autocast():
+        forward = compiled if len(images) == recipe.batch_size else network  # compiled for one size only
+        with autocast:
             logits = forward(images).float()
         network.zero_grad()
         F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing).backward()
@@ -236,14 +250,15 @@ def make_step(
             optimizer.step()
         return F.cross_entropy(logits.detach(), targets, reduction="sum")
 
-    if device.type == "cuda":
+    if recipe.cuda_graphs and device.type == "cuda":
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # of AdamW's first steps
         factors = torch.tensor(factors, device=device)
         update, teachers = CUDAGraphs(update), [CUDAGraphs(teacher) for teacher in teachers]
 
     def step(number: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         targets = labels
         if teachers:
-            with autocast(), torch.no_grad():
+            with autocast, torch.no_grad():
                 targets = teachers[number % len(teachers)](images).float().softmax(dim=1)
         return update(resize(images, sizes[number]), targets, factors[number])
 
@@ -291,25 +306,26 @@ class Run:
         self.history, self.sittings = [], [machine | {"epochs": 0, "seconds": 0.0}]
         self.averaged = AveragedModel(network)  # whose weights are the mean of those that it is updated with
         self.prefix = "val" if settings["validate"] else "test"  # of the columns that measure the network
-        self.start, self.can_draw, self.drawn = time.perf_counter(), True, 0.0
+        self.start, self.can_draw, self.drawn = time.perf_counter(), True, -math.inf
         self.draw()  # so that a missing matplotlib is reported before the first step
 
     def restore(self) -> None:
         """Continue the run in the directory. Raises UserError if there is none, or if its settings differ."""
         path = self.directory / "checkpoint.pt"
-        names = {"settings", "history", "sittings", "network", "averaged", "optimizers"}
+        names = {"settings", "history", "sittings", "network", "averaged", "optimizer_states"}
         checkpoint = model.load_archive(path, names, "start again with --overwrite in place of --resume")
         saved = checkpoint["settings"]
         changes = {name: f"{name} was {saved.get(name)}, is {self.settings.get(name)}"
                    for name in sorted(self.settings | saved) if saved.get(name) != self.settings.get(name)}
-        for change in [changes.pop(name) for name in ("amp_bf16", "compile") if name in changes]:
-            say(f"{change}: the run goes on with other rounding errors")
+        for name in ("amp_bf16", *SPEED):
+            if change := changes.pop(name, None):
+                say(f"{change}: the run goes on, but to slightly different weights")
         if changes:
             raise UserError(f"{self.directory} holds another run ({', '.join(changes.values())}): "
                             "repeat its options, or name another --run-dir")
         model.load_state(self.network, checkpoint["network"], path, self.settings["network"])
         self.averaged.load_state_dict(checkpoint["averaged"])
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # the rest follows from the settings
         self.history, self.sittings = checkpoint["history"], checkpoint["sittings"] + self.sittings
 
@@ -319,7 +335,7 @@ class Run:
         model.save_archive(self.directory / "checkpoint.pt", {
             "settings": self.settings, "history": history, "sittings": self.sittings,
             "network": self.network.state_dict(), "averaged": self.averaged.state_dict(),
-            "optimizers": [o.state_dict()["state"] for o in self.optimizers]})
+            "optimizer_states": [o.state_dict()["state"] for o in self.optimizers]})
         if not self.history:  # now there is something in the place of an older run
             for name in ("result.json", "weights.pkl"):
                 (self.directory / name).unlink(missing_ok=True)
@@ -328,10 +344,10 @@ class Run:
         data.atomic_write(self.directory / "metrics.csv", "".join(table).encode())
         if time.perf_counter() - self.drawn > 20:  # seconds; on a GPU an epoch takes three
             self.draw()
+            self.drawn = time.perf_counter()
 
     def draw(self) -> None:
         """Draw accuracy.png and loss.png; before the first epoch, only try to."""
-        self.drawn = time.perf_counter() if self.history else -math.inf
         try:
             for quantity in ("accuracy", "loss") if self.can_draw else ():
                 graph = eval.plot_history(self.history, quantity, f"CIFAR-10: {self.directory.resolve().name}")
@@ -388,7 +404,7 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} in epoch {epoch + 1}: try a smaller --lr, or --optimizer adamw --lr 0.001")
-        if recipe.averaged_share and epoch + 1 > (1 - recipe.averaged_share) * recipe.epochs:
+        if recipe.averaged_share and epoch >= math.ceil(recipe.epochs) - round(recipe.averaged_share * recipe.epochs):
             run.averaged.update_parameters(run.network)
             if steps[-1] == total_steps - 1:
                 with torch.autocast(loader.images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
@@ -410,6 +426,7 @@ def settings_in_effect(recipe: Recipe, network: nn.Module, has_teachers: bool, d
         recipe = dataclasses.replace(recipe, low_resolution_share=0.0)
     return dataclasses.replace(recipe, amp_bf16=recipe.amp_bf16 and eval.has_bf16(device),
                                compile=recipe.compile and device.type == "cuda",
+                               cuda_graphs=recipe.cuda_graphs and device.type == "cuda",
                                label_smoothing=0.0 if has_teachers else recipe.label_smoothing)
 
 
@@ -509,7 +526,7 @@ def run_command(args: argparse.Namespace) -> int:
     args.teachers = [Path(name) for path in args.teachers  # not every shell expands patterns
                      for name in sorted(glob.glob(str(path))) or [path]]
     words = [args.recipe, f"{recipe.epochs:g}ep", f"seed{args.seed}",
-             *[f"{name}={value}" for name, value in changes.items() if name != "epochs"],
+             *[f"{name}={value}" for name, value in changes.items() if name not in ("epochs", *SPEED)],
              *[f"{path.parent.name}_{path.stem}".lstrip("_") for path in args.teachers]]
     run_dir = args.run_dir or Path("runs") / "-".join(words + args.validate * ["validate"])[:200]
     out = args.out or (run_dir if args.validate else Path()) / "weights.pkl"
