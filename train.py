@@ -64,6 +64,7 @@ class Recipe:
     averaged_share: float = setting("share of the epochs, the last ones, whose weights are averaged", SHARE, 0.0)
     # regularisation
     label_smoothing: float = setting("as in arXiv 1512.00567; unused with teachers", SHARE, 0.0)
+    teachers_per_batch: int = setting("teachers whose mean is the target of a batch; they take turns", ABOVE_0, 1)
     # augmentation: see data.TrainLoader
     random_versions: bool = setting("train on two random versions of each image too", default=True)
     resample: bool = setting("draw the random versions anew for each epoch, not once", default=False)
@@ -102,7 +103,7 @@ RECIPES["quick"] = dataclasses.replace(  # about 80 % as soon as possible; so sh
     RECIPES["fast"], epochs=1, batch_size=64, lr=0.05, warmup_fraction=0.3, random_versions=False, crop_padding=0)
 RECIPES["best"] = dataclasses.replace(  # for long runs, with or without teachers
     RECIPES["fast"], network="gated32", epochs=60, averaged_share=0.4, autoaugment_group_size=250,
-    autoaugment_flipped=True, crop_padding=4, black_borders=False)
+    autoaugment_flipped=True, crop_padding=4, black_borders=False, teachers_per_batch=3)
 
 
 SPEED = ("cuda_graphs", "compile")  # settings that do not change what a run is
@@ -227,8 +228,8 @@ def make_step(
     """A function that takes a step, given its number and a batch, and returns the summed cross-entropy of the batch,
     without label smoothing. `sizes` are the image sizes of all steps.
 
-    If there are teachers, their probabilities replace the labels (Hinton et al. 2015, arXiv 1503.02531). They take
-    turns, one per batch, which is cheaper than their mean and has the same expected target.
+    If there are teachers, their probabilities replace the labels (Hinton et al. 2015, arXiv 1503.02531): the mean of
+    `recipe.teachers_per_batch` of them, which take turns. All at once would be the least noisy target, at more cost.
     """
     device = next(network.parameters()).device
     # a CUDA graph must not use a cast that was cached before
@@ -258,8 +259,10 @@ def make_step(
     def step(number: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         targets = labels
         if teachers:
+            first = number * recipe.teachers_per_batch
+            turn = [teachers[i % len(teachers)] for i in range(first, first + recipe.teachers_per_batch)]
             with autocast, torch.no_grad():
-                targets = teachers[number % len(teachers)](images).float().softmax(dim=1)
+                targets = torch.stack([teacher(images).float().softmax(dim=1) for teacher in turn]).mean(dim=0)
         return update(resize(images, sizes[number]), targets, factors[number])
 
     return step
@@ -419,7 +422,7 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
         say(table_line(run.history[-1], run.prefix, progress.left(steps[-1])))
 
 
-def settings_in_effect(recipe: Recipe, network: nn.Module, has_teachers: bool, device: torch.device) -> Recipe:
+def settings_in_effect(recipe: Recipe, network: nn.Module, n_teachers: int, device: torch.device) -> Recipe:
     """The recipe, less what this network, the teachers or the device leave without effect."""
     if recipe.low_resolution_share and not all(model.takes_size(network, size) for size in (16, 24)):
         say(f"network {recipe.network} takes images of 32x32 only: no progressive resizing")
@@ -427,7 +430,8 @@ def settings_in_effect(recipe: Recipe, network: nn.Module, has_teachers: bool, d
     return dataclasses.replace(recipe, amp_bf16=recipe.amp_bf16 and eval.has_bf16(device),
                                compile=recipe.compile and device.type == "cuda",
                                cuda_graphs=recipe.cuda_graphs and device.type == "cuda",
-                               label_smoothing=0.0 if has_teachers else recipe.label_smoothing)
+                               label_smoothing=0.0 if n_teachers else recipe.label_smoothing,
+                               teachers_per_batch=min(recipe.teachers_per_batch, max(1, n_teachers)))
 
 
 def print_head(run: Run, loader: TrainLoader, measured: str) -> None:
@@ -454,7 +458,7 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
     torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one on CUDA too
     torch.manual_seed(args.seed)
     network = model.build_network(recipe.network)
-    recipe = settings_in_effect(recipe, network, bool(loaded), device)
+    recipe = settings_in_effect(recipe, network, len(loaded), device)
     *_, last = network.modules()
     if args.calibrate != 1 and not (isinstance(last, nn.Linear) and last.out_features == 10):
         raise UserError(f"--calibrate needs a linear last layer, not {type(last).__name__}: leave it out")
