@@ -542,7 +542,8 @@ def test_a_distilled_network_learns_from_its_teachers_alone(finished, dataset, t
     last = teacher.classifier[2]
     last.weight.data, last.bias.data = last.weight.data.roll(1, dims=0), last.bias.data.roll(1, dims=0)
     model.save_weights(tmp_path / "teacher.pkl", teacher, metadata)
-    options = ("--recipe", "fast", "--lr", "0.02", "--teachers", str(tmp_path / "teacher.pkl"))
+    options = ("--recipe", "fast", "--lr", "0.02", "--teachers", str(tmp_path / "teacher.pkl"),
+               "--teachers-per-batch", "3")
     whole, parts = whole_and_in_parts(dataset, tmp_path, monkeypatch, *options)
     assert_same_runs(whole, parts)
     assert float(rows_of(whole)[-1]["test_accuracy"]) < 5
@@ -552,6 +553,7 @@ def test_a_distilled_network_learns_from_its_teachers_alone(finished, dataset, t
     result = json.loads((whole / "result.json").read_text())
     assert result["teachers"] == ["network report, recipe report, 3 epochs, seed 0"]
     assert result["label_smoothing"] == 0.0  # the recipe's 0.1 has no effect with teachers
+    assert result["teachers_per_batch"] == 1  # there are no three
 
 
 def test_teachers_that_have_seen_the_held_out_images(finished, dataset, tmp_path, capsys):
@@ -559,18 +561,19 @@ def test_teachers_that_have_seen_the_held_out_images(finished, dataset, tmp_path
     assert "has seen the held-out images" in capsys.readouterr().err
 
 
-def test_the_teachers_take_turns():
-    """A student that is not updated has the cross-entropy with one teacher in the even steps, the other in the odd."""
+@pytest.mark.parametrize("per_batch, turns", [(1, [[0], [1]]), (2, [[0, 1], [2, 0]])])
+def test_the_teachers_take_turns(per_batch, turns):
+    """A student that is not updated has the cross-entropy with the mean of the teachers whose turn it is."""
     torch.manual_seed(0)
     student = model.build_network("plain")
     teachers = [lambda images, k=k: torch.full((len(images), 10), 0.1).lerp(torch.eye(10)[k], 0.8).log()
-                for k in (3, 7)]
+                for k in (3, 7, 5)]
     loader = make_loader(make_split(20), batch_size=30)
-    recipe = dataclasses.replace(train.RECIPES["report"], amp_bf16=False)
+    recipe = dataclasses.replace(train.RECIPES["report"], amp_bf16=False, teachers_per_batch=per_batch)
     step = train.make_step(student, teachers, [], recipe, [32, 32])
     loss = train.train_one_epoch(student, step, loader, range(2))
-    expected = [F.cross_entropy(student(images), teacher(images).exp()).item()
-                for (images, _), teacher in zip(loader, teachers, strict=True)]
+    expected = [F.cross_entropy(student(images), sum(teachers[i](images).exp() for i in turn) / per_batch).item()
+                for (images, _), turn in zip(loader, turns, strict=True)]
     assert loss == pytest.approx(sum(expected) / 2, rel=1e-4) and abs(expected[0] - expected[1]) > 1e-3
 
 
