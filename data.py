@@ -261,9 +261,7 @@ def autoaugment(images: torch.Tensor, seed: int, group_size: int = 1, black: boo
     return augmented
 
 
-def random_crop(
-    images: torch.Tensor, padding: int, generator: torch.Generator, black: bool = True,
-) -> torch.Tensor:
+def random_crop(images: torch.Tensor, padding: int, generator: torch.Generator, black: bool = True) -> torch.Tensor:
     """A random 32x32 crop of each image after padding at each border: uint8 (N, 32, 32, 3) -> the same.
 
     The padding is `black`, or the reflected image.

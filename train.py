@@ -223,10 +223,10 @@ class CUDAGraphs:
 
 def make_step(
     network: nn.Module, teachers: list[nn.Module], optimizers: list[torch.optim.Optimizer], recipe: Recipe,
-    sizes: list[int],
+    schedule: list[tuple[int, float]],
 ) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
     """A function that takes a step, given its number and a batch, and returns the summed cross-entropy of the batch,
-    without label smoothing. `sizes` are the image sizes of all steps.
+    without label smoothing. `schedule` has the image size and the share of the peak learning rate of each step.
 
     If there are teachers, their probabilities replace the labels (Hinton et al. 2015, arXiv 1503.02531): the mean of
     `recipe.teachers_per_batch` of them, which take turns. All at once would be the least noisy target, at more cost.
@@ -234,8 +234,7 @@ def make_step(
     device = next(network.parameters()).device
     # a CUDA graph must not use a cast that was cached before
     autocast = torch.autocast(device.type, torch.bfloat16, recipe.amp_bf16, cache_enabled=False)
-    # in the middle of the step, so the learning rate is never zero
-    factors = [lr_factor((step + 0.5) / len(sizes), recipe.warmup_fraction) for step in range(len(sizes))]
+    sizes, factors = zip(*schedule, strict=True)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     compiled = torch.compile(network, dynamic=False) if recipe.compile else network
 
@@ -282,17 +281,20 @@ def train_one_epoch(
     return loss_sum.item() / samples
 
 
-def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int]) -> list[float]:
+def rehearse(
+    network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, schedule: list[tuple[int, float]],
+) -> list[float]:
     """The seconds of each step of a run, by its image size: the least of three, with a copy of the network."""
     network, recipe = copy.deepcopy(network), dataclasses.replace(loader.recipe, compile=False)
     few = TrainLoader(Split(loader.images[:500], loader.labels[:500]), recipe)
     optimizers = build_optimizers(network, recipe)
 
     def run_step(size: int) -> None:
-        train_one_epoch(network, make_step(network, teachers, optimizers, recipe, [size]), few, range(1))
+        train_one_epoch(network, make_step(network, teachers, optimizers, recipe, [(size, 1.0)]), few, range(1))
 
-    seconds = {size: min(timeit.repeat(functools.partial(run_step, size), number=1, repeat=3)) for size in set(sizes)}
-    return [seconds[size] for size in sizes]
+    seconds = {size: min(timeit.repeat(functools.partial(run_step, size), number=1, repeat=3))
+               for size in {size for size, _ in schedule}}
+    return [seconds[size] for size, _ in schedule]
 
 
 # --- what a run leaves behind ---------------------------------------------------------------------
@@ -394,9 +396,11 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
     """
     recipe, n = loader.recipe, len(loader)
     total_steps = max(1, round(recipe.epochs * n))
-    sizes = [image_size((step + 0.5) / total_steps, recipe.low_resolution_share) for step in range(total_steps)]
-    step = make_step(run.network, teachers, run.optimizers, recipe, sizes)
-    progress = Progress(rehearse(run.network, teachers, loader, sizes), len(run.history) * n, n)
+    shares = [(step + 0.5) / total_steps for step in range(total_steps)]  # of the steps; the rate is never zero
+    schedule = [(image_size(share, recipe.low_resolution_share), lr_factor(share, recipe.warmup_fraction))
+                for share in shares]
+    step = make_step(run.network, teachers, run.optimizers, recipe, schedule)
+    progress = Progress(rehearse(run.network, teachers, loader, schedule), len(run.history) * n, n)
 
     for epoch in range(len(run.history), math.ceil(total_steps / n)):
         start = time.perf_counter()
@@ -416,8 +420,7 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
         row = {"epoch": min(epoch + 1, recipe.epochs)}
         for prefix, split in splits.items():
             row[f"{prefix}_accuracy"], row[f"{prefix}_loss"] = eval.evaluate(run.network, split)
-        lr = run.optimizers[0].param_groups[0]["initial_lr"] * lr_factor(
-            (steps[-1] + 0.5) / total_steps, recipe.warmup_fraction)
+        lr = run.optimizers[0].param_groups[0]["initial_lr"] * schedule[steps[-1]][1]
         run.save_epoch(row | {"batch_loss": loss, "lr": lr, "seconds": time.perf_counter() - start})
         say(table_line(run.history[-1], run.prefix, progress.left(steps[-1])))
 

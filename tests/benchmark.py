@@ -36,14 +36,14 @@ def alternate(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def training_step(recipe: Recipe, train: Split, size: int = 32, teachers: int = 0) -> Callable[[], None]:
-    """One step of `recipe` on images of this size, as train.py takes it; with untrained teachers."""
+def training_step(recipe: Recipe, train: Split, size: int = 32, has_teachers: bool = False) -> Callable[[], None]:
+    """One step of `recipe` on images of this size, as train.py takes it; an untrained teacher has all turns."""
     torch.manual_seed(0)
     network = model.build_network(recipe.network)
     optimizers = build_optimizers(network, recipe)
-    exported = [model.export(network).to(memory_format=torch.channels_last) for _ in range(teachers)]
+    teachers = has_teachers * [model.export(network)]
     batch = normalize(train.images[: recipe.batch_size]), train.labels[: recipe.batch_size]
-    step = make_step(network, exported, optimizers, recipe, [size])
+    step = make_step(network, teachers, optimizers, recipe, [(size, 1.0)])
     return lambda: train_one_epoch(network, step, [batch], range(1))
 
 
@@ -58,7 +58,7 @@ def print_steps(train: Split, rounds: int) -> None:
             steps[f"{name}, {precision}"] = recipe, training_step(recipe, train)
         for size in (24, 16):
             steps[f"best, {precision}, {size}x{size}"] = best, training_step(best, train, size)
-        steps[f"best, {precision}, with a teacher"] = best, training_step(best, train, teachers=1)
+        steps[f"best, {precision}, with teachers"] = best, training_step(best, train, has_teachers=True)
     print("\ntraining step at 32x32: forward, backward, optimizer")
     seconds = alternate({name: step for name, (_, step) in steps.items()}, rounds)
     for name, (recipe, _) in steps.items():

@@ -222,5 +222,5 @@ def test_benchmark(load_script, dataset, monkeypatch, capsys):
     monkeypatch.setattr(eval, "reuse_freed_memory", lambda: None)
     load_script("tests/benchmark.py")["main"](["--rounds", "1", "--data-dir", str(dataset)])
     out = capsys.readouterr().out
-    for words in ("fast, float32", "best, float32, 16x16", "with a teacher", "augmentation", "as trained"):
+    for words in ("fast, float32", "best, float32, 16x16", "with teachers", "augmentation", "as trained"):
         assert words in out

@@ -570,7 +570,7 @@ def test_the_teachers_take_turns(per_batch, turns):
                 for k in (3, 7, 5)]
     loader = make_loader(make_split(20), batch_size=30)
     recipe = dataclasses.replace(train.RECIPES["report"], amp_bf16=False, teachers_per_batch=per_batch)
-    step = train.make_step(student, teachers, [], recipe, [32, 32])
+    step = train.make_step(student, teachers, [], recipe, [(32, 1.0)] * 2)
     loss = train.train_one_epoch(student, step, loader, range(2))
     expected = [F.cross_entropy(student(images), sum(teachers[i](images).exp() for i in turn) / per_batch).item()
                 for (images, _), turn in zip(loader, turns, strict=True)]
@@ -628,7 +628,7 @@ def test_the_loss_that_is_logged_has_no_label_smoothing():
             module.train = lambda mode, module=module: module  # keeps the running statistics in use
     loader = make_loader(make_split(20), batch_size=60)
     recipe = dataclasses.replace(train.RECIPES["fast"], low_resolution_share=0.0, amp_bf16=False)
-    loss = train.train_one_epoch(network, train.make_step(network, [], [], recipe, [32]), loader, range(1))
+    loss = train.train_one_epoch(network, train.make_step(network, [], [], recipe, [(32, 1.0)]), loader, range(1))
     assert loss == pytest.approx(eval.evaluate(network, Split(loader.images, loader.labels))[1], rel=1e-4)
 
 
