@@ -281,9 +281,7 @@ def train_one_epoch(
     return loss_sum.item() / samples
 
 
-def rehearse(
-    network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, schedule: list[tuple[int, float]],
-) -> list[float]:
+def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int]) -> list[float]:
     """The seconds of each step of a run, by its image size: the least of three, with a copy of the network."""
     network, recipe = copy.deepcopy(network), dataclasses.replace(loader.recipe, compile=False)
     few = TrainLoader(Split(loader.images[:500], loader.labels[:500]), recipe)
@@ -292,9 +290,8 @@ def rehearse(
     def run_step(size: int) -> None:
         train_one_epoch(network, make_step(network, teachers, optimizers, recipe, [(size, 1.0)]), few, range(1))
 
-    seconds = {size: min(timeit.repeat(functools.partial(run_step, size), number=1, repeat=3))
-               for size in {size for size, _ in schedule}}
-    return [seconds[size] for size, _ in schedule]
+    seconds = {size: min(timeit.repeat(functools.partial(run_step, size), number=1, repeat=3)) for size in set(sizes)}
+    return [seconds[size] for size in sizes]
 
 
 # --- what a run leaves behind ---------------------------------------------------------------------
@@ -400,7 +397,8 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
     schedule = [(image_size(share, recipe.low_resolution_share), lr_factor(share, recipe.warmup_fraction))
                 for share in shares]
     step = make_step(run.network, teachers, run.optimizers, recipe, schedule)
-    progress = Progress(rehearse(run.network, teachers, loader, schedule), len(run.history) * n, n)
+    costs = rehearse(run.network, teachers, loader, [size for size, _ in schedule])
+    progress = Progress(costs, len(run.history) * n, n)
 
     for epoch in range(len(run.history), math.ceil(total_steps / n)):
         start = time.perf_counter()
