@@ -306,7 +306,8 @@ class Run:
     def __init__(self, directory: Path, settings: dict, machine: dict, network: nn.Module, optimizers: list):
         self.directory, self.settings, self.network, self.optimizers = directory, settings, network, optimizers
         self.history, self.sittings = [], [machine | {"epochs": 0, "seconds": 0.0}]
-        self.averaged = AveragedModel(network)  # whose weights are the mean of those that it is updated with
+        # the mean of the weights after each of the last epochs
+        self.averaged = AveragedModel(network) if settings["averaged_share"] else None
         self.prefix = "val" if settings["validate"] else "test"  # of the columns that measure the network
         self.start, self.can_draw, self.drawn = time.perf_counter(), True, -math.inf
         self.draw()  # so that a missing matplotlib is reported before the first step
@@ -326,7 +327,8 @@ class Run:
             raise UserError(f"{self.directory} holds another run ({', '.join(changes.values())}): "
                             "repeat its options, or name another --run-dir")
         model.load_state(self.network, checkpoint["network"], path, self.settings["network"])
-        self.averaged.load_state_dict(checkpoint["averaged"])
+        if self.averaged:
+            self.averaged.load_state_dict(checkpoint["averaged"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # the rest follows from the settings
         self.history, self.sittings = checkpoint["history"], checkpoint["sittings"] + self.sittings
@@ -336,7 +338,7 @@ class Run:
         self.sittings[-1] |= {"epochs": self.sittings[-1]["epochs"] + 1, "seconds": time.perf_counter() - self.start}
         model.save_archive(self.directory / "checkpoint.pt", {
             "settings": self.settings, "history": history, "sittings": self.sittings,
-            "network": self.network.state_dict(), "averaged": self.averaged.state_dict(),
+            "network": self.network.state_dict(), "averaged": self.averaged and self.averaged.state_dict(),
             "optimizer_states": [o.state_dict()["state"] for o in self.optimizers]})
         if not self.history:  # now there is something in the place of an older run
             for name in ("result.json", "weights.pkl"):
