@@ -111,6 +111,8 @@ def load_split(data_dir: str | os.PathLike, name: str) -> Split:
     data_dir = Path(data_dir)
     if data_dir.name in (NPZ, ARCHIVE, FOLDER):  # named itself, rather than the folder that has it
         data_dir = data_dir.parent
+    if data_dir.is_file():
+        raise UserError(f"{data_dir} is not a folder: {REMEDY}")
     if (data_dir / NPZ).exists():
         images, labels = read_npz(data_dir / NPZ, name)
     else:

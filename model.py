@@ -238,7 +238,7 @@ def count_parameters(network: nn.Module) -> int:
 
 def build_network(name: str) -> nn.Module:
     """A freshly initialised network of NETWORKS. Raises UserError if there is none of this name, or if it fails, does
-    not return logits (N, 10), or has too many parameters."""
+    not return logits (N, 10), cannot be exported, or has too many parameters."""
     if name not in NETWORKS:
         raise UserError(f"model.py has no network {name!r:.60}: it has {', '.join(NETWORKS)}")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -250,11 +250,15 @@ def build_network(name: str) -> nn.Module:
         if shape == [2, 10]:
             trial = copy.deepcopy(network).train()
             trial(images).sum().backward()
-            export(trial)  # fails if the network keeps activations in attributes, which threads would share
+            exported = export(trial)(images)  # fails if the network keeps activations, which threads would share
+            expected = trial.eval()(images)
     except Exception as error:  # whatever its code raises
         raise UserError(f"network {name!r} fails, {one_line(error)}: correct it in model.py") from error
     if shape != [2, 10]:
         raise UserError(f"network {name!r} maps two images to {shape}: it must return logits of shape [2, 10]")
+    if (exported - expected).abs().max() > 1e-3 * expected.abs().max():
+        raise UserError(f"network {name!r} uses what a convolution returns before its batch norm, which export() folds "
+                        "into it: keep the two out of an nn.Sequential")
     if logits.min() >= 0 and torch.allclose(logits.float().sum(dim=1), torch.ones(2)):
         raise UserError(f"network {name!r} returns probabilities: leave out its softmax, since logits are expected")
     n = count_parameters(network)

@@ -19,8 +19,10 @@ import copy
 import dataclasses
 import functools
 import glob
+import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 import timeit
@@ -315,6 +317,9 @@ class Run:
     def restore(self) -> None:
         """Continue the run in the directory. Raises UserError if there is none, or if its settings differ."""
         path = self.directory / "checkpoint.pt"
+        if not path.exists():
+            raise UserError(f"{self.directory} has no checkpoint.pt to continue: repeat the options of the run, "
+                            "or name its --run-dir")
         names = {"settings", "history", "sittings", "network", "averaged", "optimizer_states"}
         checkpoint = model.load_archive(path, names, "start again with --overwrite in place of --resume")
         saved = checkpoint["settings"]
@@ -377,7 +382,8 @@ class Run:
     def how_to_go_on(self) -> str:
         if not self.history:
             return "no epoch was finished: start again with the same command"
-        return f"the run is safe up to epoch {self.history[-1]['epoch']:g}: the same command with --resume continues it"
+        return (f"the run is safe up to epoch {self.history[-1]['epoch']:g}: the same command, with --resume and "
+                "without --overwrite, continues it")
 
 
 def table_line(row: dict, prefix: str, left: str = "") -> str:
@@ -395,6 +401,7 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
     """
     recipe, n = loader.recipe, len(loader)
     total_steps = max(1, round(recipe.epochs * n))
+    epochs = math.ceil(total_steps / n)
     shares = [(step + 0.5) / total_steps for step in range(total_steps)]  # of the steps; the rate is never zero
     schedule = [(image_size(share, recipe.low_resolution_share), lr_factor(share, recipe.warmup_fraction))
                 for share in shares]
@@ -402,7 +409,7 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
     costs = rehearse(run.network, teachers, loader, [size for size, _ in schedule])
     progress = Progress(costs, len(run.history) * n, n)
 
-    for epoch in range(len(run.history), math.ceil(total_steps / n)):
+    for epoch in range(len(run.history), epochs):
         start = time.perf_counter()
         torch.manual_seed(10_000 * loader.seed + epoch)  # for dropout
         loader.epoch = epoch
@@ -411,7 +418,7 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} in epoch {epoch + 1}: try a smaller --lr, or --optimizer adamw --lr 0.001")
-        if recipe.averaged_share and epoch >= math.ceil(recipe.epochs) - round(recipe.averaged_share * recipe.epochs):
+        if recipe.averaged_share and epoch >= epochs - round(recipe.averaged_share * recipe.epochs):
             run.averaged.update_parameters(run.network)
             if steps[-1] == total_steps - 1:
                 with torch.autocast(loader.images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
@@ -469,8 +476,9 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
     loader = TrainLoader(training, recipe, args.seed)
     sample = Split(training.images[:eval.TRAIN_SAMPLE], training.labels[:eval.TRAIN_SAMPLE])
     measured = f"{len(test.images):,} {'held-out' if args.validate else 'test'} images"
+    teachers = [f"{model.describe_training(metadata)}, {metadata['accuracy']:.2f} %" for _, metadata in loaded]
     settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
-                "teachers": [model.describe_training(metadata) for _, metadata in loaded]}
+                "teachers": teachers}
     optimizers = build_optimizers(network.to(device), recipe)
     run = Run(run_dir, settings, eval.describe_machine(device) | {"bfloat16": recipe.amp_bf16}, network, optimizers)
     if args.resume:
@@ -479,13 +487,12 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
         print_head(run, loader, measured)
         train(run, [model.export(teacher).to(device) for teacher, _ in loaded], loader,
               {"train": sample, run.prefix: test})
-        log_probabilities = eval.infer(network, test.images)
         if args.validate:
-            temperature = eval.fit_temperature(log_probabilities, test.labels)
+            temperature = eval.fit_temperature(eval.infer(network, test.images), test.labels)
             say(f"\nthe held-out loss is lowest with --calibrate {temperature}")
         for parameter in last.parameters():
             parameter.data /= args.calibrate  # 1 changes nothing
-        accuracy, loss = eval.accuracy_and_loss((log_probabilities / args.calibrate).log_softmax(dim=1), test.labels)
+        accuracy, loss = eval.evaluate(network, test)
         seconds = run.finish({"calibrate": args.calibrate, "accuracy": accuracy, "loss": loss}, places)
     except OSError as error:  # the disk is full, for example
         raise UserError(f"{error}: {run.how_to_go_on()}") from error
@@ -522,6 +529,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def name_run(args: argparse.Namespace, recipe: Recipe, changes: dict) -> str:
+    """A name for the directory of a run, from the options that make it another run: at most 200 characters."""
+    name = "-".join([
+        args.recipe, f"{recipe.epochs:g}ep", f"seed{args.seed}",
+        *[f"{name}={value}" for name, value in changes.items() if name not in ("epochs", *SPEED)],
+        *[f"{path.parent.name}_{path.stem}".lstrip("_") for path in args.teachers], *args.validate * ["validate"]])
+    return name if len(name) <= 200 else f"{name[:190]}-{hashlib.md5(name.encode()).hexdigest()[:8]}"
+
+
 def run_command(args: argparse.Namespace) -> int:
     """Choose the settings and the directory, then train."""
     changes = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if getattr(args, f.name) is not None}
@@ -532,13 +548,12 @@ def run_command(args: argparse.Namespace) -> int:
         raise UserError(f"--calibrate is {args.calibrate}: it must be above 0")
     args.teachers = [Path(name) for path in args.teachers  # not every shell expands patterns
                      for name in sorted(glob.glob(str(path))) or [path]]
-    words = [args.recipe, f"{recipe.epochs:g}ep", f"seed{args.seed}",
-             *[f"{name}={value}" for name, value in changes.items() if name not in ("epochs", *SPEED)],
-             *[f"{path.parent.name}_{path.stem}".lstrip("_") for path in args.teachers]]
-    run_dir = args.run_dir or Path("runs") / "-".join(words + args.validate * ["validate"])[:200]
+    run_dir = args.run_dir or Path("runs") / name_run(args, recipe, changes)
     out = args.out or (run_dir if args.validate else Path()) / "weights.pkl"
     places = list(dict.fromkeys((run_dir / "weights.pkl", out)))  # one place, if they are the same
     for path in places:
+        if path.resolve() in [teacher.resolve() for teacher in args.teachers]:
+            raise UserError(f"{path} is a teacher, and would be replaced by its student: name another --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         data.check_writable(path)
     busy = f"another process trains in {run_dir}: wait for it, or name another --run-dir"
@@ -548,7 +563,11 @@ def run_command(args: argparse.Namespace) -> int:
             what = ("a finished run" if "result.json" in names else
                     "an unfinished run, which --resume continues" if "checkpoint.pt" in names else "other files")
             raise UserError(f"{run_dir} holds {what}: name another --run-dir, or write over them with --overwrite")
-        run_training(args, recipe, run_dir, places)
+        try:
+            run_training(args, recipe, run_dir, places)
+        finally:
+            if [path.name for path in run_dir.iterdir()] == ["lock"]:  # nothing came of it
+                shutil.rmtree(run_dir, ignore_errors=True)
     return 0
 
 

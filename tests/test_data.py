@@ -55,6 +55,12 @@ BAD_ARRAYS = {
 }
 
 
+def test_a_file_of_another_name(tmp_path):
+    (tmp_path / "other.npz").touch()
+    with pytest.raises(UserError, match="other.npz is not a folder: put cifar-10-python.tar.gz"):
+        load_split(tmp_path / "other.npz", "test")
+
+
 @pytest.mark.parametrize("case", BAD_ARRAYS)
 def test_bad_npz(case, tmp_path, capsys):
     changes, message = BAD_ARRAYS[case]

@@ -107,6 +107,29 @@ class Keeps(Linear):
         return self.kept
 
 
+class LooksInside(nn.Module):
+    """Export folds the norm into the convolution, whose output is then another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+
+    def forward(self, images):
+        maps = self.layers[0](images)
+        return torch.cat([maps, self.layers[1](maps)], dim=1).mean(dim=(2, 3))
+
+
+class UsesTheKernel(nn.Module):
+    """Export replaces the flip-equivariant layer, and its methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = FlipConv2d(3, 10, 3)
+
+    def forward(self, images):
+        return F.conv2d(images, self.layer.kernel()).mean(dim=(2, 3))
+
+
 class Pair(nn.Module):
     def forward(self, images):
         return images, images
@@ -123,6 +146,8 @@ class Pair(nn.Module):
     (lambda: Linear(before=nn.Linear(99, 3072)), "network 'mine' fails, RuntimeError: mat1 and mat2 shapes cannot be"),
     (lambda width: None, "network 'mine' fails, TypeError: "),
     (lambda: Keeps(), "network 'mine' fails, RuntimeError: Only Tensors created explicitly"),
+    (lambda: UsesTheKernel(), "network 'mine' fails, AttributeError: 'Conv2d' object has no attribute 'kernel'"),
+    (lambda: LooksInside(), "network 'mine' uses what a convolution returns before its batch norm"),
     (lambda: model.FlipNet((33, 64, 64), (0, 3, 4)),
      "ValueError: a flip-equivariant layer needs an even width, not 33: correct it"),
     (lambda: model.FlipNet((32, 64, 63), (0, 3, 4)),

@@ -274,7 +274,7 @@ def test_ctrl_c_says_how_to_resume(number, python, dataset, tmp_path):
     process.send_signal(number)
     _, error = process.communicate()
     assert process.returncode == 130
-    assert re.fullmatch(r"\nstopped: the run is safe up to epoch \d+: the same command with --resume .*\n", error)
+    assert re.fullmatch(r"\nstopped: the run is safe up to epoch \d+: the same command, with --resume .*\n", error)
     assert len(rows_of(tmp_path)) >= 1
 
 
@@ -315,7 +315,8 @@ def test_a_checkpoint_is_no_weights_file(finished, capsys):
 
 def test_resume_without_a_checkpoint(dataset, tmp_path, capsys):
     assert train_in(tmp_path, dataset, "--resume") == 2
-    assert "checkpoint.pt: start again with --overwrite in place of --resume" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "has no checkpoint.pt to continue: repeat the options of the run, or name its --run-dir" in error
 
 
 @pytest.mark.parametrize("options, difference", [
@@ -479,6 +480,23 @@ def test_each_variant_has_a_directory_of_its_own(options, name, tmp_path, monkey
     assert used == [Path("runs") / name]
 
 
+def test_many_teachers_do_not_hide_the_other_options(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run_training", lambda args, recipe, run_dir, places: used.append(run_dir.name))
+    teachers = [f"docs/runs/best-40ep-seed{i}/weights.pkl" for i in range(9)]
+    for options in ([], ["--validate"]):
+        assert train.main(["--teachers", *teachers, *options]) == 0
+    assert len(set(used)) == 2 and all(len(name) <= 200 for name in used)
+
+
+def test_a_teacher_is_not_replaced(finished, dataset, capsys):
+    before = (finished / "weights.pkl").read_bytes()
+    assert train_in(finished, dataset, "--teachers", str(finished / "weights.pkl"), "--overwrite") == 2
+    assert "weights.pkl is a teacher, and would be replaced by its student: name another" in capsys.readouterr().err
+    assert (finished / "weights.pkl").read_bytes() == before
+
+
 def test_validation_does_not_replace_the_weights(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--data-dir", str(dataset), "--epochs", "1", "--validate", *QUICK]) == 0
@@ -503,7 +521,7 @@ def test_a_full_disk(file, epoch, finished, dataset, tmp_path, monkeypatch, caps
         assert train_in(tmp_path, dataset, "--epochs", "3") == 2
     error = capsys.readouterr().err
     assert f"No space left on device: '{tmp_path / file}'" in error and error.count("\n") == 1
-    assert f"the run is safe up to epoch {epoch}: the same command with --resume continues it" in error
+    assert f"the run is safe up to epoch {epoch}: the same command, with --resume and without --over" in error
     assert not list(tmp_path.glob("*.part"))
     assert train_in(tmp_path, dataset, "--epochs", "3", "--resume") == 0
     assert_same_runs(finished, tmp_path)
@@ -551,7 +569,7 @@ def test_a_distilled_network_learns_from_its_teachers_alone(finished, dataset, t
     _, test = load_training_data(dataset)
     assert eval.evaluate(student, Split(test.images, (test.labels + 1) % 10))[0] > 60
     result = json.loads((whole / "result.json").read_text())
-    assert result["teachers"] == ["network report, recipe report, 3 epochs, seed 0"]
+    assert result["teachers"] == [f"network report, recipe report, 3 epochs, seed 0, {metadata['accuracy']:.2f} %"]
     assert result["label_smoothing"] == 0.0  # the recipe's 0.1 has no effect with teachers
     assert result["teachers_per_batch"] == 1  # there are no three
 
@@ -804,9 +822,10 @@ def test_any_network_learns_with_every_recipe(name, recipe, dataset, tmp_path, m
     (["--teachers", "none*.pkl"], "there is no file none*.pkl"),
 ])
 def test_bad_values_are_one_sentence_that_names_the_value(options, message, dataset, tmp_path, capsys):
-    assert train_in(tmp_path, dataset, *options) == 2
+    assert train_in(tmp_path / "run", dataset, *options) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()  # no empty directory stays behind
 
 
 @pytest.mark.parametrize("options, message", [
