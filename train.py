@@ -317,11 +317,9 @@ class Run:
     def restore(self) -> None:
         """Continue the run in the directory. Raises UserError if there is none, or if its settings differ."""
         path = self.directory / "checkpoint.pt"
-        if not path.exists():
-            raise UserError(f"{self.directory} has no checkpoint.pt to continue: repeat the options of the run, "
-                            "or name its --run-dir")
         names = {"settings", "history", "sittings", "network", "averaged", "optimizer_states"}
-        checkpoint = model.load_archive(path, names, "start again with --overwrite in place of --resume")
+        checkpoint = model.load_archive(path, names, "start again with --overwrite in place of --resume"
+                                        if path.exists() else "repeat the options of the run, or name its --run-dir")
         saved = checkpoint["settings"]
         changes = {name: f"{name} was {saved.get(name)}, is {self.settings.get(name)}"
                    for name in sorted(self.settings | saved) if saved.get(name) != self.settings.get(name)}
@@ -476,9 +474,9 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
     loader = TrainLoader(training, recipe, args.seed)
     sample = Split(training.images[:eval.TRAIN_SAMPLE], training.labels[:eval.TRAIN_SAMPLE])
     measured = f"{len(test.images):,} {'held-out' if args.validate else 'test'} images"
-    teachers = [f"{model.describe_training(metadata)}, {metadata['accuracy']:.2f} %" for _, metadata in loaded]
-    settings = {"recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
-                "teachers": teachers}
+    settings = {
+        "recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
+        "teachers": [f"{model.describe_training(metadata)}, {metadata['accuracy']:.2f} %" for _, metadata in loaded]}
     optimizers = build_optimizers(network.to(device), recipe)
     run = Run(run_dir, settings, eval.describe_machine(device) | {"bfloat16": recipe.amp_bf16}, network, optimizers)
     if args.resume:
@@ -487,12 +485,13 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
         print_head(run, loader, measured)
         train(run, [model.export(teacher).to(device) for teacher, _ in loaded], loader,
               {"train": sample, run.prefix: test})
-        if args.validate:
-            temperature = eval.fit_temperature(eval.infer(network, test.images), test.labels)
-            say(f"\nthe held-out loss is lowest with --calibrate {temperature}")
         for parameter in last.parameters():
             parameter.data /= args.calibrate  # 1 changes nothing
-        accuracy, loss = eval.evaluate(network, test)
+        log_probabilities = eval.infer(network, test.images)
+        if args.validate:
+            temperature = args.calibrate * eval.fit_temperature(log_probabilities, test.labels)
+            say(f"\nthe held-out loss is lowest with --calibrate {temperature:.2f}")
+        accuracy, loss = eval.accuracy_and_loss(log_probabilities, test.labels)
         seconds = run.finish({"calibrate": args.calibrate, "accuracy": accuracy, "loss": loss}, places)
     except OSError as error:  # the disk is full, for example
         raise UserError(f"{error}: {run.how_to_go_on()}") from error

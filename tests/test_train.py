@@ -315,8 +315,9 @@ def test_a_checkpoint_is_no_weights_file(finished, capsys):
 
 def test_resume_without_a_checkpoint(dataset, tmp_path, capsys):
     assert train_in(tmp_path, dataset, "--resume") == 2
-    error = capsys.readouterr().err
-    assert "has no checkpoint.pt to continue: repeat the options of the run, or name its --run-dir" in error
+    assert re.fullmatch(
+        r"error: there is no file \S+checkpoint\.pt: repeat the options of the run, or name its --run-dir\n",
+        capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("options, difference", [
@@ -622,8 +623,12 @@ def test_a_network_that_cannot_be_calibrated(dataset, tmp_path, monkeypatch, cap
 
 
 def test_a_run_with_validate_prints_the_temperature(dataset, tmp_path, capsys):
-    assert train_in(tmp_path, dataset, "--epochs", "0.1", "--validate") == 0
-    assert re.search(r"\nthe held-out loss is lowest with --calibrate [012]\.\d+\n", capsys.readouterr().out)
+    printed = []
+    for options in (("--calibrate", "4"), ("--resume", "--calibrate", "5")):  # of the network as it was trained
+        assert train_in(tmp_path, dataset, "--epochs", "0.1", "--validate", *options) == 0
+        line = re.search(r"\nthe held-out loss is lowest with --calibrate (\d\.\d\d)\n", capsys.readouterr().out)
+        printed.append(float(line[1]))
+    assert printed[1] == pytest.approx(printed[0], abs=0.02)
 
 
 # --- optimisation and options ---------------------------------------------------------------------
