@@ -66,10 +66,22 @@ def path_option(text: str) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError now if a file could not be written there later."""
-    target = path if path.exists() and not path.is_file() else path.parent  # a device, or the folder of a file
-    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
-        raise UserError(f"{path} cannot be written: name a file in a folder that exists and is writable")
+    """Create the folder of a file, and raise UserError now if `atomic_write` could not write the file later."""
+    target = Path(os.path.realpath(path))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_file() or not target.exists():
+            part_of(target).touch()
+            part_of(target).unlink()
+        elif target.is_dir() or not os.access(target, os.W_OK):  # not a device, or one that is not writable
+            raise OSError("it is no file")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): name a file in a folder that is writable") from error
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes a file, before it takes its place."""
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
 def atomic_write(path: str | os.PathLike, contents: bytes) -> None:
@@ -80,7 +92,7 @@ def atomic_write(path: str | os.PathLike, contents: bytes) -> None:
         path.write_bytes(contents)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         part.write_bytes(contents)
         os.replace(part, path)
@@ -375,5 +387,5 @@ class Progress:
         is_terminal, now = sys.stdout.isatty(), time.perf_counter()
         if step % 10 == 9 if is_terminal else now > self.next_line:
             line = f"      step {step % self.steps_per_epoch + 1} of {self.steps_per_epoch}, {self.left(step)} left"
-            say(f"\r{line}\r" if is_terminal else line, end="" if is_terminal else "\n")
+            say(f"\r{line:60}\r" if is_terminal else line, end="" if is_terminal else "\n")
             self.next_line = now + 600

@@ -77,16 +77,22 @@ def run_script(command: Callable[[argparse.Namespace], int], args: argparse.Name
     reuse_freed_memory()
     try:
         return command(args)
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error}: correct that, or name another place", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError for most things
-        if not re.search("MemoryError|out of memory|not enough memory|allocate", repr(error)):
+        if not is_out_of_memory(error):
             raise
         print("error: there is not enough memory: close other programs, or train with a smaller --batch-size",
               file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 2
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return bool(re.search("MemoryError|out of memory|not enough memory|allocate", repr(error)))
 
 
 def reuse_freed_memory() -> None:
@@ -212,6 +218,7 @@ def load_image(path: Path) -> torch.Tensor:
         with Image.open(path) as image:
             if image.width * image.height > 500_000_000:
                 raise ValueError("it has more than 500 megapixels")
+            is_deep = ";16" in f"{image.mode} {image.tile}"  # 16 bits for each value
             image.draft(None, (2048, 2048))  # a large JPEG is read at a fraction of its size
             with contextlib.suppress(Exception):  # odd metadata
                 image.getexif()
@@ -219,13 +226,12 @@ def load_image(path: Path) -> torch.Tensor:
                     image.info.pop(key, None)
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # convert() would clip it to white
-                values = np.asarray(image)
-                if values.max() < 4096:
-                    raise ValueError(f"its 16-bit values go to {values.max()} only")
-                image = Image.fromarray((values // 257).astype(np.uint8))
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             elif image.mode in ("I", "F"):
                 raise ValueError("the range of its values is not known")
             image = image.convert("RGBA")
+            if is_deep and np.asarray(image)[:, :, :3].max() < 128:  # values of 14 bits, say
+                raise ValueError("its 16-bit values leave the upper half of their range unused")
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{path} cannot be read as an image ({error}): name an 8-bit JPEG or PNG file") from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -382,7 +388,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def evaluate_weights(args: argparse.Namespace) -> int:
     """Print what is measured of a weights file, or the classes of image files, and return the exit status."""
+    if args.image and (args.confusion or args.mistakes or args.full or args.tta):
+        raise UserError("--image needs no test set: leave out --confusion, --mistakes, --full and --tta")
     for path in filter(None, (args.confusion, args.mistakes)):
+        if path.resolve() == args.weights.resolve():
+            raise UserError(f"{path} is the weights file: name another one for the graph")
         data.check_writable(path)
     device = pick_device(args.device)
     network, metadata = model.load_weights(args.weights)

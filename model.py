@@ -238,32 +238,43 @@ def count_parameters(network: nn.Module) -> int:
 
 def build_network(name: str) -> nn.Module:
     """A freshly initialised network of NETWORKS. Raises UserError if there is none of this name, or if it fails, does
-    not return logits (N, 10), cannot be exported, or has too many parameters."""
+    not return logits (N, 10), the same ones each time, cannot be exported, or is too large."""
     if name not in NETWORKS:
         raise UserError(f"model.py has no network {name!r:.60}: it has {', '.join(NETWORKS)}")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     try:
         network = NETWORKS[name]()
         with torch.no_grad():
-            logits = network.eval()(images)  # lazy layers get their parameters here
-        shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        if shape == [2, 10]:
+            outputs = [network.eval()(images[:n]) for n in (1, 2)]  # lazy layers get their parameters here
+        shapes = [list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in outputs]
+        if shapes == [[1, 10], [2, 10]]:
             trial = copy.deepcopy(network).train()
             trial(images).sum().backward()
+            for parameter in trial.parameters():  # what starts at zero would hide the layers before it
+                parameter.data += 0.1 * (parameter == 0)
             exported = export(trial)(images)  # fails if the network keeps activations, which threads would share
-            expected = trial.eval()(images)
+            expected, repeated = trial.eval()(images), trial(images)
     except Exception as error:  # whatever its code raises
-        raise UserError(f"network {name!r} fails, {one_line(error)}: correct it in model.py") from error
-    if shape != [2, 10]:
-        raise UserError(f"network {name!r} maps two images to {shape}: it must return logits of shape [2, 10]")
-    if (exported - expected).abs().max() > 1e-3 * expected.abs().max():
+        what = "it keeps activations as attributes" if "deepcopy" in str(error) else one_line(error)
+        raise UserError(f"network {name!r} fails, {what}: correct it in model.py") from error
+    if shapes != [[1, 10], [2, 10]]:
+        raise UserError(f"network {name!r} maps one image to {shapes[0]}, two images to {shapes[1]}: it must return "
+                        "logits of shape [1, 10] and [2, 10]")
+    rounding = 1e-3 * expected.abs().max()
+    if (repeated - expected).abs().max() > rounding:
+        raise UserError(f"network {name!r} returns other logits for the same images: give a dropout "
+                        "training=self.training, and let forward() leave its input as it is")
+    if (exported - expected).abs().max() > rounding:
         raise UserError(f"network {name!r} uses what a convolution returns before its batch norm, which export() folds "
                         "into it: keep the two out of an nn.Sequential")
-    if logits.min() >= 0 and torch.allclose(logits.float().sum(dim=1), torch.ones(2)):
+    logits = outputs[1].float()
+    if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(2)):
         raise UserError(f"network {name!r} returns probabilities: leave out its softmax, since logits are expected")
     n = count_parameters(network)
     if n > PARAMETER_LIMIT:
         raise UserError(f"{name!r} has {n:,} parameters, over the limit of {PARAMETER_LIMIT:,}: make a layer narrower")
+    if sum(buffer.nbytes for buffer in network.buffers()) > ARCHIVE_LIMIT / 4:  # a checkpoint may have them twice
+        raise UserError(f"{name!r} has buffers of more than {ARCHIVE_LIMIT // 4:,} bytes: make them smaller")
     return network.train()
 
 
@@ -320,6 +331,10 @@ def load_archive(path: str | os.PathLike, names: set[str], remedy: str) -> dict:
             if archive.testzip() or any(member.external_attr & 0x10 for member in members):
                 raise ValueError("a checksum does not match, or a tensor is marked as a folder")
         contents = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: change its permissions, or copy it") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused because loading it could run code: {remedy}") from error
     except Exception as error:  # damaged bytes make zipfile, zlib and torch fail in many ways
@@ -372,7 +387,8 @@ def describe_training(metadata: dict) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 def layers(network: nn.Module) -> list[tuple[str, str, str, int, int]]:
-    """Name, type, output shape, parameters and multiply-adds of each layer, for one image of 32x32."""
+    """Name, type, output shape, parameters and multiply-adds of each layer, for one image of 32x32. Multiply-adds of
+    convolutions and linear layers only."""
     rows = []
 
     def add_row(name: str, layer: nn.Module, output: torch.Tensor) -> None:

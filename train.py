@@ -54,13 +54,14 @@ def setting(help: str, rule: tuple[str, Callable] = ("", lambda value: True), de
 class Recipe:
     """The settings of a run, except its seed and its teachers. Raises UserError for a bad value."""
 
-    network: str = setting("a name in model.NETWORKS")
+    network: str = setting("a name in model.NETWORKS", (
+        f"one of {', '.join(model.NETWORKS)}", lambda value: value in model.NETWORKS))
     # optimisation
     epochs: float = setting("passes through the training set with its random versions; need not be whole", ABOVE_0)
     batch_size: int = setting("samples per step", ABOVE_0)
     optimizer: str = setting("sgd, adamw, or muon for the convolutions and sgd for the rest", (
         "sgd, adamw or muon", lambda value: value in ("sgd", "adamw", "muon")))
-    lr: float = setting("peak learning rate; with muon, of the convolutions (of the rest: 0.1)", ABOVE_0)
+    lr: float = setting("peak learning rate; with muon, of the convolutions (of the rest, if any: 0.1)", ABOVE_0)
     weight_decay: float = setting("of sgd and adamw", ("0 or more", lambda value: 0 <= value < math.inf))
     warmup_fraction: float = setting("share of the steps in which the learning rate rises", SHARE)
     averaged_share: float = setting("share of the epochs, the last ones, whose weights are averaged", SHARE, 0.0)
@@ -179,7 +180,7 @@ def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Opt
     kernels = [p for p in weights[:-1] if p.ndim == 4]  # not the last layer: it sets the scale of the logits
     others = [p for p in network.parameters() if p not in set(kernels)]
     muon = [Muon(kernels, recipe.lr, compile=recipe.compile)] if kernels else []
-    return [*muon, torch.optim.SGD(others, 0.1, **sgd)]
+    return [*muon, torch.optim.SGD(others, 0.1 if kernels else recipe.lr, **sgd)]
 
 
 def lr_factor(progress: float, warmup_fraction: float) -> float:
@@ -284,7 +285,8 @@ def train_one_epoch(
 
 
 def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int]) -> list[float]:
-    """The seconds of each step of a run, by its image size: the least of three, with a copy of the network."""
+    """The seconds of each step of a run, by its image size: the least of three, with a copy of the network. Raises
+    UserError if a step fails."""
     network, recipe = copy.deepcopy(network), dataclasses.replace(loader.recipe, compile=False)
     few = TrainLoader(Split(loader.images[:500], loader.labels[:500]), recipe)
     optimizers = build_optimizers(network, recipe)
@@ -292,7 +294,14 @@ def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader,
     def run_step(size: int) -> None:
         train_one_epoch(network, make_step(network, teachers, optimizers, recipe, [(size, 1.0)]), few, range(1))
 
-    seconds = {size: min(timeit.repeat(functools.partial(run_step, size), number=1, repeat=3)) for size in set(sizes)}
+    try:
+        seconds = {size: min(timeit.repeat(functools.partial(run_step, size), number=1, repeat=3))
+                   for size in set(sizes)}
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # in bfloat16, or in training mode
+        if eval.is_out_of_memory(error):
+            raise
+        raise UserError(f"network {recipe.network} cannot be trained ({one_line(error)}): correct it in model.py, or "
+                        "try --no-amp-bf16 or a larger --batch-size") from error
     return [seconds[size] for size in sizes]
 
 
@@ -508,13 +517,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, path = parser.add_argument, data.path_option
     add("--recipe", choices=RECIPES, default="fast", help="the settings to start from (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--teachers", type=path, nargs="+", default=[], metavar="FILE", help="weights.pkl of networks to distil")
     add("--validate", action="store_true", help="hold out the last 5,000 training images and measure on them")
     add("--calibrate", type=float, default=1.0, metavar="T",
         help="divide the final logits by T; --validate prints the T with the least loss (default: 1)")
     add("--out", type=path, metavar="FILE", help="write the weights here too (default: weights.pkl, unless --validate)")
-    add("--run-dir", type=path, metavar="DIR", help="of the run's files (default: in runs/, named after the settings)")
+    add("--run-dir", type=path, metavar="DIR", help="for the run's files (default: in runs/, named after the settings)")
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--resume", action="store_true", help="continue the run in its directory after its last finished epoch")
     one_of("--overwrite", action="store_true", help="replace the run in the directory, after one new epoch")
@@ -522,7 +531,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
     settings = parser.add_argument_group("settings of a recipe, and their values in each")
     for field in dataclasses.fields(Recipe):
-        values = ", ".join(f"{name} {getattr(recipe, field.name)}" for name, recipe in RECIPES.items())
+        values = ", ".join(f"{name}: {getattr(recipe, field.name)}" for name, recipe in RECIPES.items())
         how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": "X"}
         settings.add_argument(f"--{field.name.replace('_', '-')}", **how, help=f"{field.metadata['help']} ({values})")
     return parser
@@ -550,10 +559,11 @@ def run_command(args: argparse.Namespace) -> int:
     run_dir = args.run_dir or Path("runs") / name_run(args, recipe, changes)
     out = args.out or (run_dir if args.validate else Path()) / "weights.pkl"
     places = list(dict.fromkeys((run_dir / "weights.pkl", out)))  # one place, if they are the same
+    kept = [*args.teachers, *[run_dir / name for name in ("checkpoint.pt", "metrics.csv", "result.json")]]
     for path in places:
-        if path.resolve() in [teacher.resolve() for teacher in args.teachers]:
-            raise UserError(f"{path} is a teacher, and would be replaced by its student: name another --out")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.resolve() in [other.resolve() for other in kept]:
+            raise UserError(f"{path} is a teacher or another file of the run: name another --out")
+    for path in places:
         data.check_writable(path)
     busy = f"another process trains in {run_dir}: wait for it, or name another --run-dir"
     with data.hold_lock(run_dir / "lock", busy):

@@ -108,6 +108,8 @@ def test_results_are_those_of_the_logs():
         assert f"{float(last['test_accuracy']):.2f}" == row["accuracy"], row["log"]
         assert f"{float(last['test_loss']):.4f}" == row["loss"], row["log"]
         assert float(last["epoch"]) == float(row["epochs"]), row["log"]
+        seconds = json.loads((ROOT / row["log"]).with_name("result.json").read_text())["seconds"]
+        assert round(seconds) == int(row["seconds"]), row["log"]
 
 
 def test_the_output_that_the_readme_shows():

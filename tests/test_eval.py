@@ -1,11 +1,13 @@
 """eval.py: its metrics against hand-made numbers, its output, its exit status, images of one's own."""
 
+import contextlib
 import json
 import os
 import platform
 import re
 import struct
 import subprocess
+import zlib
 
 import numpy as np
 import pytest
@@ -252,9 +254,20 @@ def test_freed_memory_is_reused():
 @pytest.mark.parametrize("option", ["--confusion", "--mistakes"])
 def test_where_a_picture_cannot_be_written_nothing_is_measured(option, dataset, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval, "infer", None)
-    for path in (tmp_path / "nofolder" / "m.png", tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "m.png", tmp_path, tmp_path / ("long" * 63)):
         assert eval.main(["--weights", str(weights), "--data-dir", str(dataset), option, str(path)]) == 2
         assert f"{path} cannot be written" in capsys.readouterr().err
+
+
+def test_a_graph_does_not_replace_the_weights(weights, capsys):
+    assert eval.main(["--weights", str(weights), "--confusion", str(weights)]) == 2
+    assert "is the weights file: name another one for the graph" in capsys.readouterr().err
+
+
+def test_options_that_image_would_ignore_are_refused(weights, capsys):
+    assert eval.main(["--weights", str(weights), "--image", "x.png", "--full"]) == 2
+    assert "--image needs no test set: leave out --confusion, --mistakes, --full and --tta" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes file descriptors")
@@ -339,7 +352,7 @@ def test_metadata_that_pillow_cannot_read(tmp_path):
 @pytest.mark.parametrize("values, message", [
     (np.linspace(0, 1, 1024, dtype=np.float32), "the range of its values is not known"),
     (np.linspace(0, 255, 1024, dtype=np.float32), "the range of its values is not known"),
-    (np.linspace(0, 4095, 1024).astype(np.uint16), "its 16-bit values go to 4095 only"),
+    (np.linspace(0, 16383, 1024).astype(np.uint16), "its 16-bit values leave the upper half of their range unused"),
     (np.linspace(0, 70_000, 1024).astype(np.int32), "the range of its values is not known"),
 ])
 def test_values_of_another_range_are_refused(values, message, weights, tmp_path, capsys):
@@ -347,6 +360,19 @@ def test_values_of_another_range_are_refused(values, message, weights, tmp_path,
     Image.fromarray(values.reshape(32, 32)).save(tmp_path / "x.tif")
     assert eval.main(["--weights", str(weights), "--image", str(tmp_path / "x.tif")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_16_bit_colours_of_a_smaller_range_are_refused(tmp_path):
+    def chunk(kind, contents):
+        return struct.pack(">I", len(contents)) + kind + contents + struct.pack(">I", zlib.crc32(kind + contents))
+
+    header = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
+    for brightest, is_refused in ((4095, True), (65535, False)):
+        rows = (b"\0" + struct.pack(">96H", *range(0, brightest + 1, (brightest + 1) // 96)[:96])) * 32
+        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                                         + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+        with pytest.raises(UserError, match="upper half") if is_refused else contextlib.nullcontext():
+            eval.load_image(tmp_path / "x.png")
 
 
 def test_large_pictures(tmp_path):

@@ -110,13 +110,14 @@ class Keeps(Linear):
 class LooksInside(nn.Module):
     """Export folds the norm into the convolution, whose output is then another."""
 
-    def __init__(self):
+    def __init__(self, init=lambda weight: None):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+        self.layers, self.last = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), nn.Linear(10, 10)
+        init(self.last.weight)
 
     def forward(self, images):
         maps = self.layers[0](images)
-        return torch.cat([maps, self.layers[1](maps)], dim=1).mean(dim=(2, 3))
+        return self.last(torch.cat([maps, self.layers[1](maps)], dim=1).amax(dim=(2, 3)))
 
 
 class UsesTheKernel(nn.Module):
@@ -130,6 +131,35 @@ class UsesTheKernel(nn.Module):
         return F.conv2d(images, self.layer.kernel()).mean(dim=(2, 3))
 
 
+class Squeezed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1))
+
+    def forward(self, images):
+        return self.layers(images).squeeze()
+
+
+class AlwaysDrops(nn.Module):
+    def forward(self, images):
+        return F.dropout(images, 0.3)
+
+
+class ChangesItsInput(nn.Module):
+    def forward(self, images):
+        images -= 0.5
+        return images
+
+
+class Projects(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("projection", torch.zeros(1400, 3072))
+
+    def forward(self, images):
+        return images
+
+
 class Pair(nn.Module):
     def forward(self, images):
         return images, images
@@ -140,14 +170,19 @@ class Pair(nn.Module):
     (lambda: Linear(after=nn.LogSoftmax(dim=1)), None),  # harmless: log-probabilities are logits
     (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), None),
     (lambda: Linear(19_271), "'mine' has 50,001 parameters, over the limit of 50,000"),
-    (lambda: Linear(after=nn.Unflatten(1, (10, 1))), "maps two images to [2, 10, 1]: it must return logits of shape"),
-    (lambda: Linear(after=Pair()), "maps two images to tuple: it must return logits of shape [2, 10]"),
+    (lambda: Linear(after=nn.Unflatten(1, (10, 1))), "two images to [2, 10, 1]: it must return logits of"),
+    (lambda: Linear(after=Pair()), "maps one image to tuple, two images to tuple: it must return logits"),
+    (lambda: Squeezed(), "maps one image to [10], two images to [2, 10]: it must return logits of shape [1, 10]"),
     (lambda: Linear(after=nn.Softmax(dim=1)), "returns probabilities: leave out its softmax"),
     (lambda: Linear(before=nn.Linear(99, 3072)), "network 'mine' fails, RuntimeError: mat1 and mat2 shapes cannot be"),
     (lambda width: None, "network 'mine' fails, TypeError: "),
-    (lambda: Keeps(), "network 'mine' fails, RuntimeError: Only Tensors created explicitly"),
+    (lambda: Keeps(), "network 'mine' fails, it keeps activations as attributes: correct it"),
     (lambda: UsesTheKernel(), "network 'mine' fails, AttributeError: 'Conv2d' object has no attribute 'kernel'"),
     (lambda: LooksInside(), "network 'mine' uses what a convolution returns before its batch norm"),
+    (lambda: LooksInside(nn.init.zeros_), "network 'mine' uses what a convolution returns before its batch norm"),
+    (lambda: Linear(before=AlwaysDrops()), "network 'mine' returns other logits for the same images: give a dropout"),
+    (lambda: Linear(before=ChangesItsInput()), "network 'mine' returns other logits for the same images"),
+    (lambda: Linear(before=Projects()), "'mine' has buffers of more than 16,000,000 bytes: make them smaller"),
     (lambda: model.FlipNet((33, 64, 64), (0, 3, 4)),
      "ValueError: a flip-equivariant layer needs an even width, not 33: correct it"),
     (lambda: model.FlipNet((32, 64, 63), (0, 3, 4)),
@@ -388,6 +423,15 @@ BAD_WEIGHTS = {
     "a pickle that runs code": (lambda path: torch.save({"metadata": {}, "state": Bomb()}, path), "could run code"),
     "a bare pickle that runs code": (lambda path: path.write_bytes(pickle.dumps(Bomb())), "is damaged or of another"),
 }
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(weights, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(model.zipfile, "ZipFile", refuse)
+    with pytest.raises(UserError, match="cannot be read: change its permissions, or copy it$"):
+        load_weights(weights)
 
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS)

@@ -491,11 +491,14 @@ def test_many_teachers_do_not_hide_the_other_options(tmp_path, monkeypatch):
     assert len(set(used)) == 2 and all(len(name) <= 200 for name in used)
 
 
-def test_a_teacher_is_not_replaced(finished, dataset, capsys):
-    before = (finished / "weights.pkl").read_bytes()
-    assert train_in(finished, dataset, "--teachers", str(finished / "weights.pkl"), "--overwrite") == 2
-    assert "weights.pkl is a teacher, and would be replaced by its student: name another" in capsys.readouterr().err
-    assert (finished / "weights.pkl").read_bytes() == before
+@pytest.mark.parametrize("name, options", [
+    ("weights.pkl", ["--overwrite", "--teachers", "weights.pkl"]), ("checkpoint.pt", ["--resume"])])
+def test_weights_replace_neither_a_teacher_nor_a_checkpoint(name, options, finished, dataset, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    before = Path(name).read_bytes()
+    assert train_in(finished, dataset, *options, "--out", name) == 2
+    assert f"{name} is a teacher or another file of the run: name another --out" in capsys.readouterr().err
+    assert Path(name).read_bytes() == before
 
 
 def test_validation_does_not_replace_the_weights(dataset, tmp_path, monkeypatch):
@@ -545,7 +548,9 @@ def test_places_that_cannot_be_written(option, dataset, tmp_path, capsys):
     places = {"--run-dir": tmp_path / "run", "--out": tmp_path / "weights.pkl", option: tmp_path / "file" / "x"}
     words = [str(word) for pair in places.items() for word in pair]
     assert train.main(["--data-dir", str(dataset), *words, *QUICK]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'file' / 'x'}") and "cannot be written ([Errno " in error
+    assert error.endswith("'): name a file in a folder that is writable\n")
 
 
 def test_a_directory_as_out(dataset, tmp_path, capsys):
@@ -596,6 +601,15 @@ def test_the_teachers_take_turns(per_batch, turns):
     assert loss == pytest.approx(sum(expected) / 2, rel=1e-4) and abs(expected[0] - expected[1]) > 1e-3
 
 
+def test_a_network_that_cannot_train_is_refused_before_the_first_step(dataset, tmp_path, monkeypatch, capsys):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10), torch.nn.BatchNorm1d(10))
+    monkeypatch.setitem(model.NETWORKS, "mine", lambda: network)
+    assert train_in(tmp_path, dataset, "--network", "mine", "--batch-size", "1") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: network mine cannot be trained (ValueError: Expected more than 1 value per channel")
+    assert error.endswith("or try --no-amp-bf16 or a larger --batch-size\n")
+
+
 # --- calibration ----------------------------------------------------------------------------------
 
 def test_the_temperature_that_fits():
@@ -632,6 +646,12 @@ def test_a_run_with_validate_prints_the_temperature(dataset, tmp_path, capsys):
 
 
 # --- optimisation and options ---------------------------------------------------------------------
+
+def test_without_convolutions_the_learning_rate_is_that_of_sgd():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+    [optimizer] = train.build_optimizers(network, dataclasses.replace(train.RECIPES["fast"], lr=0.02))
+    assert optimizer.param_groups[0]["lr"] == 0.02
+
 
 def test_lr_factor():
     assert train.lr_factor(0.125, 0.25) == pytest.approx(0.5)
@@ -820,7 +840,7 @@ def test_any_network_learns_with_every_recipe(name, recipe, dataset, tmp_path, m
     (["--weight-decay", "-1"], "weight_decay is -1.0: it must be 0 or more"),
     (["--crop-padding", "33"], "crop_padding is 33: it must be from 0 to 32"),
     (["--optimizer", "magic"], "optimizer is 'magic': it must be sgd, adamw or muon"),
-    (["--network", "wide"], "model.py has no network 'wide': it has plain, report, gated"),
+    (["--network", "wide"], "network is 'wide': it must be one of plain, report, gated"),
     (["--recipe", "fast", "--weight-decay", "0.1"], "weight_decay is 0.1: it must be 0 with muon"),
     (["--seed", "-1"], "--seed is -1: it must be from 0 to 2**31 - 1"),
     (["--calibrate", "0"], "--calibrate is 0.0: it must be above 0"),
