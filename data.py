@@ -67,39 +67,39 @@ def path_option(text: str) -> Path:
 
 def check_writable(path: Path) -> None:
     """Create the folder of a file, and raise UserError now if `atomic_write` could not write the file later."""
-    target = Path(os.path.realpath(path))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_file() or not target.exists():
-            part_of(target).touch()
-            part_of(target).unlink()
-        elif target.is_dir() or not os.access(target, os.W_OK):  # not a device, or one that is not writable
+        target, part = target_and_part(path)
+        if part != target:
+            part.touch()
+            part.unlink()
+        elif target.is_dir() or not os.access(target, os.W_OK):
             raise OSError("it is no file")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): name a file in a folder that is writable") from error
 
 
-def part_of(path: Path) -> Path:
-    """Where this process writes a file, before it takes its place."""
-    return path.with_name(f"{path.name}.{os.getpid()}.part")
-
-
 def atomic_write(path: str | os.PathLike, contents: bytes) -> None:
     """Write a file whole or not at all: a reader finds the old contents or the new, even if the process is killed.
     Links are followed; special files, such as /dev/null, are written directly."""
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        path.write_bytes(contents)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(path)
+    target, part = target_and_part(path)
     try:
         part.write_bytes(contents)
-        os.replace(part, path)
+        if part != target:
+            os.replace(part, target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
-        part.unlink(missing_ok=True)
+        if part != target:
+            part.unlink(missing_ok=True)
+
+
+def target_and_part(path: str | os.PathLike) -> tuple[Path, Path]:
+    """The file that `path` leads to, and where this process writes it first: beside it, or in place if it is a special
+    file. Creates the folder."""
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    is_special = target.exists() and not target.is_file()
+    return target, target if is_special else target.with_name(f"{target.name}.{os.getpid()}.part")
 
 
 class Split(NamedTuple):

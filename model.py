@@ -16,6 +16,7 @@ import itertools
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -236,14 +237,20 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def find_network(name: str) -> Callable[[], nn.Module]:
+    """What builds the network of this name. Raises UserError if there is none."""
+    if name not in NETWORKS:
+        raise UserError(f"model.py has no network {name!r:.60}: it has {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
 def build_network(name: str) -> nn.Module:
     """A freshly initialised network of NETWORKS. Raises UserError if there is none of this name, or if it fails, does
     not return logits (N, 10), the same ones each time, cannot be exported, or is too large."""
-    if name not in NETWORKS:
-        raise UserError(f"model.py has no network {name!r:.60}: it has {', '.join(NETWORKS)}")
+    build = find_network(name)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     try:
-        network = NETWORKS[name]()
+        network = build()
         with torch.no_grad():
             outputs = [network.eval()(images[:n]) for n in (1, 2)]  # lazy layers get their parameters here
         shapes = [list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in outputs]
@@ -255,7 +262,7 @@ def build_network(name: str) -> nn.Module:
             exported = export(trial)(images)  # fails if the network keeps activations, which threads would share
             expected, repeated = trial.eval()(images), trial(images)
     except Exception as error:  # whatever its code raises
-        what = "it keeps activations as attributes" if "deepcopy" in str(error) else one_line(error)
+        what = "it keeps activations as attributes" if "deepcopy protocol" in str(error) else one_line(error)
         raise UserError(f"network {name!r} fails, {what}: correct it in model.py") from error
     if shapes != [[1, 10], [2, 10]]:
         raise UserError(f"network {name!r} maps one image to {shapes[0]}, two images to {shapes[1]}: it must return "

@@ -54,8 +54,7 @@ def setting(help: str, rule: tuple[str, Callable] = ("", lambda value: True), de
 class Recipe:
     """The settings of a run, except its seed and its teachers. Raises UserError for a bad value."""
 
-    network: str = setting("a name in model.NETWORKS", (
-        f"one of {', '.join(model.NETWORKS)}", lambda value: value in model.NETWORKS))
+    network: str = setting("a name in model.NETWORKS")
     # optimisation
     epochs: float = setting("passes through the training set with its random versions; need not be whole", ABOVE_0)
     batch_size: int = setting("samples per step", ABOVE_0)
@@ -85,6 +84,7 @@ class Recipe:
     compile: bool = setting("on CUDA, torch.compile: a minute for each image size, then faster steps", default=False)
 
     def __post_init__(self):
+        model.find_network(self.network)
         for field in dataclasses.fields(self):
             value, (rule, is_met) = getattr(self, field.name), field.metadata["rule"]
             if not is_met(value):
@@ -327,8 +327,8 @@ class Run:
         """Continue the run in the directory. Raises UserError if there is none, or if its settings differ."""
         path = self.directory / "checkpoint.pt"
         names = {"settings", "history", "sittings", "network", "averaged", "optimizer_states"}
-        checkpoint = model.load_archive(path, names, "start again with --overwrite in place of --resume"
-                                        if path.exists() else "repeat the options of the run, or name its --run-dir")
+        checkpoint = model.load_archive(
+            path, names, "repeat the options of the run, name its --run-dir, or start anew without --resume")
         saved = checkpoint["settings"]
         changes = {name: f"{name} was {saved.get(name)}, is {self.settings.get(name)}"
                    for name in sorted(self.settings | saved) if saved.get(name) != self.settings.get(name)}

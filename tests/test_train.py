@@ -316,7 +316,8 @@ def test_a_checkpoint_is_no_weights_file(finished, capsys):
 def test_resume_without_a_checkpoint(dataset, tmp_path, capsys):
     assert train_in(tmp_path, dataset, "--resume") == 2
     assert re.fullmatch(
-        r"error: there is no file \S+checkpoint\.pt: repeat the options of the run, or name its --run-dir\n",
+        r"error: there is no file \S+checkpoint\.pt: repeat the options of the run, name its --run-dir, or start anew "
+        r"without --resume\n",
         capsys.readouterr().err)
 
 
@@ -840,7 +841,7 @@ def test_any_network_learns_with_every_recipe(name, recipe, dataset, tmp_path, m
     (["--weight-decay", "-1"], "weight_decay is -1.0: it must be 0 or more"),
     (["--crop-padding", "33"], "crop_padding is 33: it must be from 0 to 32"),
     (["--optimizer", "magic"], "optimizer is 'magic': it must be sgd, adamw or muon"),
-    (["--network", "wide"], "network is 'wide': it must be one of plain, report, gated"),
+    (["--network", "wide"], "model.py has no network 'wide': it has plain, report, gated"),
     (["--recipe", "fast", "--weight-decay", "0.1"], "weight_decay is 0.1: it must be 0 with muon"),
     (["--seed", "-1"], "--seed is -1: it must be from 0 to 2**31 - 1"),
     (["--calibrate", "0"], "--calibrate is 0.0: it must be above 0"),
