@@ -382,7 +382,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--mistakes", type=path, metavar="FILE.png", help="draw the most confident mistakes")
     add("--full", action="store_true", help="also confidence interval, calibration error, accuracy on corrupted images")
     add("--tta", action="store_true", help="also the accuracy with test-time augmentation, ten views per image")
-    add("--image", type=path, nargs="+", metavar="FILE", help="classify these images instead; needs no data set")
+    add("--image", type=path, nargs="+", action="extend", metavar="FILE",
+        help="classify these images instead; needs no data set")
     return parser
 
 
@@ -390,9 +391,10 @@ def evaluate_weights(args: argparse.Namespace) -> int:
     """Print what is measured of a weights file, or the classes of image files, and return the exit status."""
     if args.image and (args.confusion or args.mistakes or args.full or args.tta):
         raise UserError("--image needs no test set: leave out --confusion, --mistakes, --full and --tta")
-    for path in filter(None, (args.confusion, args.mistakes)):
-        if path.resolve() == args.weights.resolve():
-            raise UserError(f"{path} is the weights file: name another one for the graph")
+    graphs = [path for path in (args.confusion, args.mistakes) if path]
+    for path in graphs:
+        if [path.resolve() for path in (args.weights, *graphs)].count(path.resolve()) > 1:
+            raise UserError(f"{path} is the weights file or the other graph: name another file for the graph")
         data.check_writable(path)
     device = pick_device(args.device)
     network, metadata = model.load_weights(args.weights)

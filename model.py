@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import UserError, atomic_write, one_line
+from data import UserError, atomic_write, one_line, say
 
 PARAMETER_LIMIT = 50_000
 
@@ -245,44 +245,62 @@ def find_network(name: str) -> Callable[[], nn.Module]:
 
 
 def build_network(name: str) -> nn.Module:
-    """A freshly initialised network of NETWORKS. Raises UserError if there is none of this name, or if it fails, does
-    not return logits (N, 10), the same ones each time, cannot be exported, or is too large."""
+    """A freshly initialised network of NETWORKS. Raises UserError if there is none of this name, or if it fails or has
+    a fault."""
     build = find_network(name)
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     try:
-        network = build()
-        with torch.no_grad():
-            outputs = [network.eval()(images[:n]) for n in (1, 2)]  # lazy layers get their parameters here
-        shapes = [list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in outputs]
-        if shapes == [[1, 10], [2, 10]]:
-            trial = copy.deepcopy(network).train()
-            trial(images).sum().backward()
-            for parameter in trial.parameters():  # what starts at zero would hide the layers before it
-                parameter.data += 0.1 * (parameter == 0)
-            exported = export(trial)(images)  # fails if the network keeps activations, which threads would share
-            expected, repeated = trial.eval()(images), trial(images)
+        network = build().eval()
+        fault = find_fault(network)
     except Exception as error:  # whatever its code raises
-        what = "it keeps activations as attributes" if "deepcopy protocol" in str(error) else one_line(error)
+        what = ("an attribute is a computed tensor, such as a kept activation or a weight of torch.nn.utils.weight_norm"
+                if "deepcopy protocol" in str(error) else one_line(error))
         raise UserError(f"network {name!r} fails, {what}: correct it in model.py") from error
+    if fault:
+        raise UserError(f"network {name!r} {fault}")
+    return network.train()
+
+
+def find_fault(network: nn.Module) -> str | None:
+    """What keeps a network from being trained, saved and exported here, if anything: the rest of a sentence."""
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = [network(images[:n]) for n in (1, 2)]  # lazy layers get their parameters here
+    shapes = [list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in outputs]
     if shapes != [[1, 10], [2, 10]]:
-        raise UserError(f"network {name!r} maps one image to {shapes[0]}, two images to {shapes[1]}: it must return "
-                        "logits of shape [1, 10] and [2, 10]")
-    rounding = 1e-3 * expected.abs().max()
-    if (repeated - expected).abs().max() > rounding:
-        raise UserError(f"network {name!r} returns other logits for the same images: give a dropout "
-                        "training=self.training, and let forward() leave its input as it is")
-    if (exported - expected).abs().max() > rounding:
-        raise UserError(f"network {name!r} uses what a convolution returns before its batch norm, which export() folds "
-                        "into it: keep the two out of an nn.Sequential")
+        return (f"maps one image to {shapes[0]}, two images to {shapes[1]}: it must return logits of shape [1, 10] and "
+                "[2, 10]")
     logits = outputs[1].float()
     if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(2)):
-        raise UserError(f"network {name!r} returns probabilities: leave out its softmax, since logits are expected")
-    n = count_parameters(network)
-    if n > PARAMETER_LIMIT:
-        raise UserError(f"{name!r} has {n:,} parameters, over the limit of {PARAMETER_LIMIT:,}: make a layer narrower")
+        return "returns probabilities: leave out its softmax, since logits are expected"
+    if (n := count_parameters(network)) > PARAMETER_LIMIT:
+        return f"has {n:,} parameters, over the limit of {PARAMETER_LIMIT:,}: make a layer narrower"
     if sum(buffer.nbytes for buffer in network.buffers()) > ARCHIVE_LIMIT / 4:  # a checkpoint may have them twice
-        raise UserError(f"{name!r} has buffers of more than {ARCHIVE_LIMIT // 4:,} bytes: make them smaller")
-    return network.train()
+        return f"has buffers of more than {ARCHIVE_LIMIT // 4:,} bytes: make them smaller"
+
+    trial = copy.deepcopy(network).train()
+    trial(images).sum().backward()
+    copy.deepcopy(network)  # fails if hooks of the trial keep activations in the network
+    before, after = ({key: getattr(value, "shape", None) for key, value in each.state_dict().items()}
+                     for each in (network, trial))
+    if before != after or None in before.values():
+        return "must have a state_dict() of tensors, whose names and shapes stay as they are in training"
+    for parameter in trial.parameters():  # the zeros and ones of a fresh network hide what export() changes
+        if parameter.is_floating_point():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    exported = export(trial)(images)  # fails if the network keeps activations, which threads would share
+    expected, repeated, alone = trial.eval()(images), trial(images), trial(images[:1])
+    if not expected.isfinite().all():
+        return "returns logits that are not finite: find out where its values overflow"
+    rounding = 1e-3 * expected.abs().max()
+    if (repeated - expected).abs().max() > rounding:
+        return ("returns other logits for the same images: give a dropout training=self.training, and let forward() "
+                "leave its input as it is")
+    if (alone - expected[:1]).abs().max() > rounding:
+        return "returns other logits for an image that comes alone: let it not mix the images of a batch"
+    if (exported - expected).abs().max() > rounding:
+        return ("uses what a convolution returns before its batch norm, which export() folds into it: keep the two out "
+                "of an nn.Sequential")
+    return None
 
 
 def takes_size(network: nn.Module, size: int) -> bool:
@@ -368,7 +386,10 @@ def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
             and all(type(metadata[name]) is kind for name, kind in METADATA.items())
             and metadata["recipe"].isprintable() and len(metadata["recipe"]) < 100 and 0 <= metadata["seed"] < 2**31):
         raise UserError(f"{path} has no valid description of its network: {remedy}")
-    network = build_network(metadata["network"])
+    try:
+        network = build_network(metadata["network"])
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
     load_state(network, contents["state"], path, metadata["network"])
     return network.eval(), metadata
 
@@ -395,21 +416,26 @@ def describe_training(metadata: dict) -> str:
 
 def layers(network: nn.Module) -> list[tuple[str, str, str, int, int]]:
     """Name, type, output shape, parameters and multiply-adds of each layer, for one image of 32x32. Multiply-adds of
-    convolutions and linear layers only."""
-    rows = []
+    convolutions and linear layers only. Parameters of a layer that is applied again are not counted again, and those of
+    no layer stand in a last row."""
+    rows, counted = [], set()
 
     def add_row(name: str, layer: nn.Module, output: torch.Tensor) -> None:
         if not isinstance(output, torch.Tensor):  # of an LSTM, say
             output = output[0]
         fan_in = layer.weight[0].numel() if isinstance(layer, (nn.Conv2d, FlipConv2d, nn.Linear)) else 0
         shape = "x".join(map(str, output.shape[1:]))
-        rows.append((name, type(layer).__name__, shape, count_parameters(layer), output.numel() * fan_in))
+        parameters = sum(parameter.numel() for parameter in set(layer.parameters()) - counted)
+        counted.update(layer.parameters())
+        rows.append((name, type(layer).__name__, shape, parameters, output.numel() * fan_in))
 
     network = copy.deepcopy(network).eval()
     for name, module in network.named_modules():
         if not list(module.children()):
             module.register_forward_hook(lambda layer, _, output, name=name: add_row(name, layer, output))
     network(torch.zeros(1, 3, 32, 32))
+    if rest := count_parameters(network) - sum(row[3] for row in rows):
+        rows.append(("elsewhere", "", "", rest, 0))
     return rows
 
 
@@ -424,9 +450,9 @@ def main(argv: list[str] | None = None) -> None:
             parser.exit(2, f"error: {error}\n")
         rows = layers(network)
         total = ("", "sum", "", count_parameters(network), sum(row[4] for row in rows))
-        print(f"\n{name}\n\n{'layer':32}{'type':17}{'output':>9}{'parameters':>12}{'multiply-adds':>15}")
+        say(f"\n{name}\n\n{'layer':32}{'type':17}{'output':>9}{'parameters':>12}{'multiply-adds':>15}")
         for layer, kind, shape, parameters, multiply_adds in [*rows, total]:
-            print(f"{layer:32}{kind:17}{shape:>9}{parameters:12,}{multiply_adds:15,}")
+            say(f"{layer:32}{kind:17}{shape:>9}{parameters:12,}{multiply_adds:15,}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import glob
 import hashlib
 import json
 import math
+import random
 import shutil
 import sys
 import time
@@ -30,6 +31,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,7 +44,7 @@ from data import Progress, Split, TrainLoader, UserError, image_size, one_line, 
 
 # --- recipes --------------------------------------------------------------------------------------
 
-ABOVE_0 = "above 0", lambda value: 0 < value < math.inf
+ABOVE_0 = "above 0 and at most 1,000,000", lambda value: 0 < value <= 1_000_000
 SHARE = "at least 0 and below 1", lambda value: 0 <= value < 1
 
 
@@ -56,11 +58,12 @@ class Recipe:
 
     network: str = setting("a name in model.NETWORKS")
     # optimisation
-    epochs: float = setting("passes through the training set with its random versions; need not be whole", ABOVE_0)
+    epochs: float = setting("passes through the training set with its random versions; need not be whole", (
+        "above 0 and at most 10,000", lambda value: 0 < value <= 10_000))
     batch_size: int = setting("samples per step", ABOVE_0)
     optimizer: str = setting("sgd, adamw, or muon for the convolutions and sgd for the rest", (
         "sgd, adamw or muon", lambda value: value in ("sgd", "adamw", "muon")))
-    lr: float = setting("peak learning rate; with muon, of the convolutions (of the rest, if any: 0.1)", ABOVE_0)
+    lr: float = setting("peak learning rate; with muon, of the convolutions (of the rest: 0.1)", ABOVE_0)
     weight_decay: float = setting("of sgd and adamw", ("0 or more", lambda value: 0 <= value < math.inf))
     warmup_fraction: float = setting("share of the steps in which the learning rate rises", SHARE)
     averaged_share: float = setting("share of the epochs, the last ones, whose weights are averaged", SHARE, 0.0)
@@ -73,7 +76,7 @@ class Recipe:
     autoaugment_group_size: int = setting("images that share a draw of AutoAugment", ABOVE_0, 1)
     autoaugment_flipped: bool = setting("AutoAugment for the flipped version too", default=False)
     crop_padding: int = setting("pixels of padding for a random crop of each sample", (
-        "from 0 to 32", lambda value: 0 <= value <= 32), 0)
+        "from 0 to 31", lambda value: 0 <= value <= 31), 0)
     black_borders: bool = setting("black where a crop or AutoAugment moves an image; if not, crops reflect it and "
                                   "AutoAugment fills with grey", default=True)
     # speed
@@ -167,6 +170,12 @@ def muon_update(
             weight.copy_(matrix.view_as(weight))
 
 
+def muon_weights(network: nn.Module) -> list[nn.Parameter]:
+    """The weights of the convolutions, but not that of the layer defined last: it sets the scale of the logits."""
+    weights = [p for name, p in network.named_parameters() if name.endswith("weight") and p.ndim > 1]
+    return [p for p in weights[:-1] if p.ndim == 4]
+
+
 def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """SGD, AdamW, or Muon for the weights of the convolutions with SGD for all other parameters."""
     on_cuda = next(network.parameters()).is_cuda  # these options let the learning rate be a tensor, for a CUDA graph
@@ -176,11 +185,9 @@ def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Opt
     if recipe.optimizer == "adamw":
         return [torch.optim.AdamW(
             network.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=on_cuda, capturable=on_cuda)]
-    weights = [p for name, p in network.named_parameters() if name.endswith("weight") and p.ndim > 1]
-    kernels = [p for p in weights[:-1] if p.ndim == 4]  # not the last layer: it sets the scale of the logits
-    others = [p for p in network.parameters() if p not in set(kernels)]
-    muon = [Muon(kernels, recipe.lr, compile=recipe.compile)] if kernels else []
-    return [*muon, torch.optim.SGD(others, 0.1 if kernels else recipe.lr, **sgd)]
+    weights = muon_weights(network)
+    others = [p for p in network.parameters() if p not in set(weights)]
+    return [Muon(weights, recipe.lr, compile=recipe.compile), torch.optim.SGD(others, 0.1, **sgd)]
 
 
 def lr_factor(progress: float, warmup_fraction: float) -> float:
@@ -192,6 +199,13 @@ def lr_factor(progress: float, warmup_fraction: float) -> float:
 
 
 # --- training -------------------------------------------------------------------------------------
+
+def set_seed(seed: int) -> None:
+    """Of all generators that a network may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
 
 class CUDAGraphs:
     """A function of tensors on a GPU, whose kernels are recorded for each shape of the inputs, then launched together.
@@ -297,11 +311,14 @@ def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader,
     try:
         seconds = {size: min(timeit.repeat(functools.partial(run_step, size), number=1, repeat=3))
                    for size in set(sizes)}
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # in bfloat16, or in training mode
-        if eval.is_out_of_memory(error):
+        images, labels = next(iter(few))
+        rest = len(loader.images) % recipe.batch_size or recipe.batch_size  # an epoch's last batch may be one image
+        make_step(network, teachers, optimizers, recipe, [(32, 1.0)])(0, images[:rest], labels[:rest])
+    except Exception as error:  # whatever the network's code raises in bfloat16, or in training mode
+        if isinstance(error, UserError) or eval.is_out_of_memory(error):
             raise
         raise UserError(f"network {recipe.network} cannot be trained ({one_line(error)}): correct it in model.py, or "
-                        "try --no-amp-bf16 or a larger --batch-size") from error
+                        "try --no-amp-bf16 or another --batch-size") from error
     return [seconds[size] for size in sizes]
 
 
@@ -418,13 +435,10 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
 
     for epoch in range(len(run.history), epochs):
         start = time.perf_counter()
-        torch.manual_seed(10_000 * loader.seed + epoch)  # for dropout
+        set_seed(10_000 * loader.seed + epoch)  # for dropout
         loader.epoch = epoch
         steps = range(epoch * n, min((epoch + 1) * n, total_steps))
         loss = train_one_epoch(run.network, step, loader, steps, progress.after_step)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} in epoch {epoch + 1}: try a smaller --lr, or --optimizer adamw --lr 0.001")
         if recipe.averaged_share and epoch >= epochs - round(recipe.averaged_share * recipe.epochs):
             run.averaged.update_parameters(run.network)
             if steps[-1] == total_steps - 1:
@@ -434,6 +448,9 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
         row = {"epoch": min(epoch + 1, recipe.epochs)}
         for prefix, split in splits.items():
             row[f"{prefix}_accuracy"], row[f"{prefix}_loss"] = eval.evaluate(run.network, split)
+        if not all(map(math.isfinite, (loss, *row.values()))):
+            raise UserError(
+                f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr, or --optimizer adamw --lr 0.001")
         lr = run.optimizers[0].param_groups[0]["initial_lr"] * schedule[steps[-1]][1]
         run.save_epoch(row | {"batch_loss": loss, "lr": lr, "seconds": time.perf_counter() - start})
         say(table_line(run.history[-1], run.prefix, progress.left(steps[-1])))
@@ -444,11 +461,30 @@ def settings_in_effect(recipe: Recipe, network: nn.Module, n_teachers: int, devi
     if recipe.low_resolution_share and not all(model.takes_size(network, size) for size in (16, 24)):
         say(f"network {recipe.network} takes images of 32x32 only: no progressive resizing")
         recipe = dataclasses.replace(recipe, low_resolution_share=0.0)
+    if recipe.optimizer == "muon" and not muon_weights(network):
+        say(f"network {recipe.network} has no convolutions for muon: sgd instead")
+        recipe = dataclasses.replace(recipe, optimizer="sgd")
+    if recipe.averaged_share and not round(recipe.averaged_share * recipe.epochs):
+        say(f"{recipe.averaged_share:g} of {recipe.epochs:g} epochs is none: no mean of the weights")
+        recipe = dataclasses.replace(recipe, averaged_share=0.0)
     return dataclasses.replace(recipe, amp_bf16=recipe.amp_bf16 and eval.has_bf16(device),
                                compile=recipe.compile and device.type == "cuda",
                                cuda_graphs=recipe.cuda_graphs and device.type == "cuda",
                                label_smoothing=0.0 if n_teachers else recipe.label_smoothing,
                                teachers_per_batch=min(recipe.teachers_per_batch, max(1, n_teachers)))
+
+
+@torch.no_grad()
+def divide_logits(network: nn.Module, temperature: float) -> None:
+    """Divide the parameters of the last layer by the temperature. Raises UserError if that does not divide the logits,
+    and leaves the network in evaluation mode."""
+    *_, last = network.eval().modules()
+    images = torch.randn(2, 3, 32, 32, device=next(network.parameters()).device)
+    expected = network(images) / temperature
+    for parameter in last.parameters():
+        parameter /= temperature
+    if not torch.allclose(network(images), expected, rtol=1e-3, atol=1e-5):
+        raise UserError("--calibrate needs a last layer that is linear and returns the logits: leave it out")
 
 
 def print_head(run: Run, loader: TrainLoader, measured: str) -> None:
@@ -473,12 +509,10 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
         if args.validate and not metadata["validate"]:
             raise UserError(f"{path} has seen the held-out images: with --validate, use teachers trained with it")
     torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one on CUDA too
-    torch.manual_seed(args.seed)
+    set_seed(args.seed)
     network = model.build_network(recipe.network)
     recipe = settings_in_effect(recipe, network, len(loaded), device)
-    *_, last = network.modules()
-    if args.calibrate != 1 and not (isinstance(last, nn.Linear) and last.out_features == 10):
-        raise UserError(f"--calibrate needs a linear last layer, not {type(last).__name__}: leave it out")
+    divide_logits(copy.deepcopy(network), args.calibrate)  # to fail now rather than after training
     training, test = (split.to(device) for split in data.load_training_data(args.data_dir, args.validate))
     loader = TrainLoader(training, recipe, args.seed)
     sample = Split(training.images[:eval.TRAIN_SAMPLE], training.labels[:eval.TRAIN_SAMPLE])
@@ -494,8 +528,7 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
         print_head(run, loader, measured)
         train(run, [model.export(teacher).to(device) for teacher, _ in loaded], loader,
               {"train": sample, run.prefix: test})
-        for parameter in last.parameters():
-            parameter.data /= args.calibrate  # 1 changes nothing
+        divide_logits(network, args.calibrate)
         log_probabilities = eval.infer(network, test.images)
         if args.validate:
             temperature = args.calibrate * eval.fit_temperature(log_probabilities, test.labels)
@@ -518,7 +551,8 @@ def make_parser() -> argparse.ArgumentParser:
     add, path = parser.add_argument, data.path_option
     add("--recipe", choices=RECIPES, default="fast", help="the settings to start from (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: %(default)s)")
-    add("--teachers", type=path, nargs="+", default=[], metavar="FILE", help="weights.pkl of networks to distil")
+    add("--teachers", type=path, nargs="+", action="extend", default=[], metavar="FILE",
+        help="weights.pkl of networks to distil")
     add("--validate", action="store_true", help="hold out the last 5,000 training images and measure on them")
     add("--calibrate", type=float, default=1.0, metavar="T",
         help="divide the final logits by T; --validate prints the T with the least loss (default: 1)")
@@ -563,19 +597,21 @@ def run_command(args: argparse.Namespace) -> int:
     for path in places:
         if path.resolve() in [other.resolve() for other in kept]:
             raise UserError(f"{path} is a teacher or another file of the run: name another --out")
+    is_new = not run_dir.exists()
     for path in places:
         data.check_writable(path)
     busy = f"another process trains in {run_dir}: wait for it, or name another --run-dir"
     with data.hold_lock(run_dir / "lock", busy):
         names = {path.name for path in run_dir.iterdir() if path.suffix != ".part" and path.name[0] != "."} - {"lock"}
         if names and not args.resume and not args.overwrite:
-            what = ("a finished run" if "result.json" in names else
+            what = ("a finished run, which --resume saves again, for another --out or --calibrate"
+                    if "result.json" in names else
                     "an unfinished run, which --resume continues" if "checkpoint.pt" in names else "other files")
-            raise UserError(f"{run_dir} holds {what}: name another --run-dir, or write over them with --overwrite")
+            raise UserError(f"{run_dir} holds {what}: name another --run-dir, or start over with --overwrite")
         try:
             run_training(args, recipe, run_dir, places)
         finally:
-            if [path.name for path in run_dir.iterdir()] == ["lock"]:  # nothing came of it
+            if is_new and [path.name for path in run_dir.iterdir()] == ["lock"]:  # nothing came of it
                 shutil.rmtree(run_dir, ignore_errors=True)
     return 0
 

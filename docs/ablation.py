@@ -3,7 +3,7 @@
     python docs/ablation.py --network no-flips --validate     without flip equivariance
     python docs/ablation.py --network no-gates --validate     without gates
 
-All options are those of train.py. It also shows how to train a network that stands in a file of its own.
+All options are those of train.py. eval.py and --teachers know the networks of model.py only.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """The networks against hand-made tables, the limit, and the weights file."""
 
 import itertools
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -87,6 +88,13 @@ def test_tables_of_all_networks(capsys):
     assert "invalid choice: 'other'" in capsys.readouterr().err
 
 
+def test_the_table_of_a_layer_that_is_applied_twice_and_a_parameter_of_no_layer():
+    network = nn.Sequential(convolution := nn.Conv2d(3, 3, 3), convolution, nn.Flatten(), nn.Linear(2352, 10))
+    network.scale = nn.Parameter(torch.ones(7))
+    assert [(kind, parameters) for _, kind, _, parameters, _ in model.layers(network)] == [
+        ("Conv2d", 84), ("Conv2d", 0), ("Flatten", 0), ("Linear", 23_530), ("", 7)]
+
+
 class Linear(nn.Module):
     """Logits by a linear layer: 30,730 parameters. `extra` more that take no part."""
 
@@ -151,6 +159,55 @@ class ChangesItsInput(nn.Module):
         return images
 
 
+class MixesImages(nn.Module):
+    def forward(self, images):
+        return images - images.mean(dim=0)
+
+
+class ScalesByItsNorm(nn.Module):
+    """Export leaves out the norm, whose weights are one at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10))
+
+    def forward(self, images):
+        x = self.layers[0](images)
+        if isinstance(self.layers[1], nn.BatchNorm2d):
+            x = x * self.layers[1].weight[:, None, None]
+        return x.mean(dim=(2, 3))
+
+
+class HasExtraState(nn.Identity):
+    def get_extra_state(self):
+        return {"steps": 1}
+
+
+class InitialisesInTraining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", None)
+
+    def forward(self, images):
+        if self.training and self.scale is None:
+            self.scale = images.std().detach()
+        return images
+
+
+class KeepsByHook(Linear):
+    """The hook of a copy writes to the original."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+        self.linear.register_forward_hook(lambda module, inputs, output: self.kept.update(output=output))
+
+
+class Overflows(nn.Module):
+    def forward(self, images):
+        return images * math.inf
+
+
 class Projects(nn.Module):
     def __init__(self):
         super().__init__()
@@ -165,24 +222,32 @@ class Pair(nn.Module):
         return images, images
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("build, message", [
     (lambda: Linear(19_270), None),  # 50,000 parameters
     (lambda: Linear(after=nn.LogSoftmax(dim=1)), None),  # harmless: log-probabilities are logits
     (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), None),
-    (lambda: Linear(19_271), "'mine' has 50,001 parameters, over the limit of 50,000"),
+    (lambda: Linear(19_271), "network 'mine' has 50,001 parameters, over the limit of 50,000"),
     (lambda: Linear(after=nn.Unflatten(1, (10, 1))), "two images to [2, 10, 1]: it must return logits of"),
     (lambda: Linear(after=Pair()), "maps one image to tuple, two images to tuple: it must return logits"),
     (lambda: Squeezed(), "maps one image to [10], two images to [2, 10]: it must return logits of shape [1, 10]"),
     (lambda: Linear(after=nn.Softmax(dim=1)), "returns probabilities: leave out its softmax"),
     (lambda: Linear(before=nn.Linear(99, 3072)), "network 'mine' fails, RuntimeError: mat1 and mat2 shapes cannot be"),
     (lambda width: None, "network 'mine' fails, TypeError: "),
-    (lambda: Keeps(), "network 'mine' fails, it keeps activations as attributes: correct it"),
+    (lambda: Keeps(), "network 'mine' fails, an attribute is a computed tensor, such as a kept activation"),
+    (lambda: KeepsByHook(), "network 'mine' fails, an attribute is a computed tensor, such as a kept activation"),
+    (lambda: Linear(after=nn.utils.weight_norm(nn.Linear(10, 10))), "or a weight of torch.nn.utils.weight_norm"),
+    (lambda: Linear(before=HasExtraState()), "network 'mine' must have a state_dict() of tensors"),
+    (lambda: Linear(before=InitialisesInTraining()), "network 'mine' must have a state_dict() of tensors"),
+    (lambda: Linear(before=MixesImages()), "network 'mine' returns other logits for an image that comes alone"),
+    (lambda: Linear(after=Overflows()), "network 'mine' returns logits that are not finite"),
+    (lambda: ScalesByItsNorm(), "network 'mine' uses what a convolution returns before its batch norm"),
     (lambda: UsesTheKernel(), "network 'mine' fails, AttributeError: 'Conv2d' object has no attribute 'kernel'"),
     (lambda: LooksInside(), "network 'mine' uses what a convolution returns before its batch norm"),
     (lambda: LooksInside(nn.init.zeros_), "network 'mine' uses what a convolution returns before its batch norm"),
     (lambda: Linear(before=AlwaysDrops()), "network 'mine' returns other logits for the same images: give a dropout"),
     (lambda: Linear(before=ChangesItsInput()), "network 'mine' returns other logits for the same images"),
-    (lambda: Linear(before=Projects()), "'mine' has buffers of more than 16,000,000 bytes: make them smaller"),
+    (lambda: Linear(before=Projects()), "network 'mine' has buffers of more than 16,000,000 bytes: make them smaller"),
     (lambda: model.FlipNet((33, 64, 64), (0, 3, 4)),
      "ValueError: a flip-equivariant layer needs an even width, not 33: correct it"),
     (lambda: model.FlipNet((32, 64, 63), (0, 3, 4)),

@@ -4,7 +4,9 @@ import contextlib
 import csv
 import dataclasses
 import json
+import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,9 +177,13 @@ def test_graphs_that_fail_are_one_line_before_the_first_step(dataset, tmp_path, 
     assert (tmp_path / "result.json").exists() and not (tmp_path / "loss.png").exists()
 
 
-def test_an_infinite_loss(dataset, tmp_path, capsys):
-    assert train_in(tmp_path, dataset, "--lr", "1e30", "--epochs", "2") == 2
-    assert "try a smaller --lr" in capsys.readouterr().err
+def test_an_infinite_loss(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(model.NETWORKS, "mine", lambda: torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(3072, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.ReLU(),
+        torch.nn.Linear(8, 10)))
+    options = ["--network", "mine", "--optimizer", "sgd", "--lr", "1e6", "--epochs", "2"]
+    assert train_in(tmp_path, dataset, *options) == 2
+    assert "the loss is not finite in epoch 1: try a smaller --lr" in capsys.readouterr().err
 
 
 def test_a_part_of_a_pass(dataset, tmp_path):
@@ -415,7 +422,8 @@ def test_a_damaged_checkpoint_is_not_replaced_either(unfinished, dataset, capsys
 def test_a_finished_run_is_not_replaced(copied, dataset, capsys):
     assert train_in(copied, dataset, "--epochs", "3") == 2
     error = capsys.readouterr().err
-    assert f"{copied} holds a finished run: name another --run-dir, or write over them with --overwrite" in error
+    assert f"{copied} holds a finished run, which --resume saves again, for another --out or --calibrate: name" in error
+    assert error.endswith("name another --run-dir, or start over with --overwrite\n")
     assert error.count("\n") == 1
 
 
@@ -469,6 +477,7 @@ def test_two_processes_do_not_share_a_directory(python, dataset, tmp_path, capsy
     (["--lr", "0.01", "--no-amp-bf16"], "report-20ep-seed0-lr=0.01-amp_bf16=False"),
     (["--batch-size", "100"], "report-20ep-seed0-batch_size=100"),
     (["--teachers", "runs/a/weights.pkl", "b.pkl"], "report-20ep-seed0-a_weights-b"),
+    (["--teachers", "runs/a/weights.pkl", "--teachers", "b.pkl"], "report-20ep-seed0-a_weights-b"),
     (["--teachers", "teacher?.pkl"], "report-20ep-seed0-teacher0-teacher1"),  # where the shell expands no patterns
     (["--validate"], "report-20ep-seed0-validate"),
 ])
@@ -602,13 +611,15 @@ def test_the_teachers_take_turns(per_batch, turns):
     assert loss == pytest.approx(sum(expected) / 2, rel=1e-4) and abs(expected[0] - expected[1]) > 1e-3
 
 
-def test_a_network_that_cannot_train_is_refused_before_the_first_step(dataset, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("batch_size", ["1", "599"])  # the second leaves one image for the last batch
+def test_a_network_that_cannot_train_is_refused_before_the_first_step(
+        batch_size, dataset, tmp_path, monkeypatch, capsys):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10), torch.nn.BatchNorm1d(10))
     monkeypatch.setitem(model.NETWORKS, "mine", lambda: network)
-    assert train_in(tmp_path, dataset, "--network", "mine", "--batch-size", "1") == 2
+    assert train_in(tmp_path, dataset, "--network", "mine", "--batch-size", batch_size) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: network mine cannot be trained (ValueError: Expected more than 1 value per channel")
-    assert error.endswith("or try --no-amp-bf16 or a larger --batch-size\n")
+    assert error.endswith("or try --no-amp-bf16 or another --batch-size\n")
 
 
 # --- calibration ----------------------------------------------------------------------------------
@@ -630,11 +641,24 @@ def test_a_temperature_is_folded_into_the_weights(finished, copied, dataset):
     assert after["accuracy"] == before["accuracy"] and after["loss"] != before["loss"]
 
 
-def test_a_network_that_cannot_be_calibrated(dataset, tmp_path, monkeypatch, capsys):
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 32), torch.nn.Flatten())
-    monkeypatch.setitem(model.NETWORKS, "mine", lambda: network)
+class TwoHeads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3072, 5), torch.nn.Linear(3072, 10)
+
+    def forward(self, images):
+        return self.first(images.flatten(1)).repeat(1, 2) + self.second(images.flatten(1))
+
+
+@pytest.mark.parametrize("build", [
+    lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 10, 32), torch.nn.Flatten()),
+    lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10), torch.nn.Tanh()),
+    TwoHeads,
+])
+def test_a_network_that_cannot_be_calibrated(build, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(model.NETWORKS, "mine", build)
     assert train_in(tmp_path, dataset, "--network", "mine", "--calibrate", "2") == 2
-    assert "--calibrate needs a linear last layer, not Flatten: leave it out" in capsys.readouterr().err
+    assert "--calibrate needs a last layer that is linear and returns the logits" in capsys.readouterr().err
 
 
 def test_a_run_with_validate_prints_the_temperature(dataset, tmp_path, capsys):
@@ -648,10 +672,57 @@ def test_a_run_with_validate_prints_the_temperature(dataset, tmp_path, capsys):
 
 # --- optimisation and options ---------------------------------------------------------------------
 
-def test_without_convolutions_the_learning_rate_is_that_of_sgd():
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
-    [optimizer] = train.build_optimizers(network, dataclasses.replace(train.RECIPES["fast"], lr=0.02))
-    assert optimizer.param_groups[0]["lr"] == 0.02
+def test_without_convolutions_sgd_takes_the_place_of_muon(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(
+        model.NETWORKS, "mine", lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)))
+    assert train_in(tmp_path, dataset, "--network", "mine", "--optimizer", "muon", "--epochs", "1") == 0
+    assert "network mine has no convolutions for muon: sgd instead\n" in capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["optimizer"], result["lr"]) == ("sgd", 0.03)
+
+
+def test_a_share_of_less_than_an_epoch_is_not_averaged(dataset, tmp_path, capsys):
+    assert train_in(tmp_path, dataset, "--epochs", "1", "--averaged-share", "0.4") == 0
+    assert "0.4 of 1 epochs is none: no mean of the weights\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["averaged_share"] == 0
+
+
+class StochasticDepth(torch.nn.Module):
+    """Draws from the generators of Python and NumPy, as much code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3072, 10)
+
+    def forward(self, images):
+        scale = random.random() + np.random.rand() if self.training else 1.0
+        return self.linear(images.flatten(1)) * scale
+
+
+def test_a_seed_is_of_all_generators(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(model.NETWORKS, "mine", StochasticDepth)
+    for name in "ab":
+        assert train_in(tmp_path / name, dataset, "--network", "mine", "--epochs", "1") == 0
+    assert rows_of(tmp_path / "a")[0]["batch_loss"] == rows_of(tmp_path / "b")[0]["batch_loss"]
+
+
+class NotANumber(torch.nn.Module):
+    """In evaluation only, and not on the first images."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3072, 10)
+
+    def forward(self, images):
+        logits = self.linear(images.flatten(1))
+        return logits if self.training or len(images) < 3 else logits * math.nan
+
+
+def test_a_loss_of_the_test_set_that_is_not_finite(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(model.NETWORKS, "mine", NotANumber)
+    assert train_in(tmp_path, dataset, "--network", "mine", "--epochs", "1") == 2
+    assert "error: the loss is not finite in epoch 1: try a smaller --lr" in capsys.readouterr().err
+    assert not (tmp_path / "weights.pkl").exists()
 
 
 def test_lr_factor():
@@ -834,12 +905,13 @@ def test_any_network_learns_with_every_recipe(name, recipe, dataset, tmp_path, m
 
 @pytest.mark.parametrize("options, message", [
     (["--epochs", "0"], "epochs is 0.0: it must be above 0"),
-    (["--epochs", "inf"], "epochs is inf: it must be above 0"),
+    (["--epochs", "1e308"], "epochs is 1e+308: it must be above 0 and at most 10,000"),
     (["--lr", "nan"], "lr is nan: it must be above 0"),
+    (["--lr", "inf"], "lr is inf: it must be above 0 and at most 1,000,000"),
     (["--batch-size", "-1"], "batch_size is -1: it must be above 0"),
     (["--warmup-fraction", "1"], "warmup_fraction is 1.0: it must be at least 0 and below 1"),
     (["--weight-decay", "-1"], "weight_decay is -1.0: it must be 0 or more"),
-    (["--crop-padding", "33"], "crop_padding is 33: it must be from 0 to 32"),
+    (["--crop-padding", "32"], "crop_padding is 32: it must be from 0 to 31"),
     (["--optimizer", "magic"], "optimizer is 'magic': it must be sgd, adamw or muon"),
     (["--network", "wide"], "model.py has no network 'wide': it has plain, report, gated"),
     (["--recipe", "fast", "--weight-decay", "0.1"], "weight_decay is 0.1: it must be 0 with muon"),
