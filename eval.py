@@ -218,7 +218,7 @@ def load_image(path: Path) -> torch.Tensor:
         with Image.open(path) as image:
             if image.width * image.height > 500_000_000:
                 raise ValueError("it has more than 500 megapixels")
-            is_deep = ";16" in f"{image.mode} {image.tile}"  # 16 bits for each value
+            is_deep = ";16" in f"{image.mode} {image.tile}" and image.format != "BMP"  # 16 bits a value, not a pixel
             image.draft(None, (2048, 2048))  # a large JPEG is read at a fraction of its size
             with contextlib.suppress(Exception):  # odd metadata
                 image.getexif()

@@ -269,6 +269,8 @@ def find_fault(network: nn.Module) -> str | None:
     if shapes != [[1, 10], [2, 10]]:
         return (f"maps one image to {shapes[0]}, two images to {shapes[1]}: it must return logits of shape [1, 10] and "
                 "[2, 10]")
+    if any(x.dtype in (torch.float16, torch.bfloat16) for x in (outputs[1], *network.parameters())):
+        return "computes in half precision: leave it in float32, since train.py applies bfloat16 where that is faster"
     logits = outputs[1].float()
     if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(2)):
         return "returns probabilities: leave out its softmax, since logits are expected"
@@ -284,9 +286,7 @@ def find_fault(network: nn.Module) -> str | None:
                      for each in (network, trial))
     if before != after or None in before.values():
         return "must have a state_dict() of tensors, whose names and shapes stay as they are in training"
-    for parameter in trial.parameters():  # the zeros and ones of a fresh network hide what export() changes
-        if parameter.is_floating_point():
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    perturb(trial)  # the zeros and ones of a fresh network hide what export() changes
     exported = export(trial)(images)  # fails if the network keeps activations, which threads would share
     expected, repeated, alone = trial.eval()(images), trial(images), trial(images[:1])
     if not expected.isfinite().all():
@@ -301,6 +301,16 @@ def find_fault(network: nn.Module) -> str | None:
         return ("uses what a convolution returns before its batch norm, which export() folds into it: keep the two out "
                 "of an nn.Sequential")
     return None
+
+
+@torch.no_grad()
+def perturb(network: nn.Module) -> None:
+    """Change each parameter by about a tenth, and zeros to about a tenth."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter += torch.where(parameter == 0, noise, parameter * noise)
 
 
 def takes_size(network: nn.Module, size: int) -> bool:
@@ -422,7 +432,7 @@ def layers(network: nn.Module) -> list[tuple[str, str, str, int, int]]:
 
     def add_row(name: str, layer: nn.Module, output: torch.Tensor) -> None:
         if not isinstance(output, torch.Tensor):  # of an LSTM, say
-            output = output[0]
+            output = torch.empty(0)
         fan_in = layer.weight[0].numel() if isinstance(layer, (nn.Conv2d, FlipConv2d, nn.Linear)) else 0
         shape = "x".join(map(str, output.shape[1:]))
         parameters = sum(parameter.numel() for parameter in set(layer.parameters()) - counted)

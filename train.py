@@ -171,9 +171,10 @@ def muon_update(
 
 
 def muon_weights(network: nn.Module) -> list[nn.Parameter]:
-    """The weights of the convolutions, but not that of the layer defined last: it sets the scale of the logits."""
+    """The weights of the convolutions, but not that of the layer defined last: it sets the scale of the logits. A
+    weight (1, C, 1, 1) is the scale of a norm."""
     weights = [p for name, p in network.named_parameters() if name.endswith("weight") and p.ndim > 1]
-    return [p for p in weights[:-1] if p.ndim == 4]
+    return [p for p in weights[:-1] if p.ndim == 4 and len(p) > 1 and p.is_floating_point()]
 
 
 def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -373,11 +374,15 @@ class Run:
             for name in ("result.json", "weights.pkl"):
                 (self.directory / name).unlink(missing_ok=True)
         self.history = history
-        table = [",".join(map(str, line)) + "\n" for line in (row, *[epoch.values() for epoch in history])]
-        data.atomic_write(self.directory / "metrics.csv", "".join(table).encode())
+        self.write_table()
         if time.perf_counter() - self.drawn > 20:  # seconds; on a GPU an epoch takes three
             self.draw()
             self.drawn = time.perf_counter()
+
+    def write_table(self) -> None:
+        lines = [self.history[0], *[row.values() for row in self.history]]
+        table = "".join(",".join(map(str, line)) + "\n" for line in lines)
+        data.atomic_write(self.directory / "metrics.csv", table.encode())
 
     def draw(self) -> None:
         """Draw accuracy.png and loss.png; before the first epoch, only try to."""
@@ -392,6 +397,7 @@ class Run:
 
     def finish(self, result: dict, places: list[Path]) -> float:
         """Write the weights to these places, and result.json. Returns the seconds of all sittings."""
+        self.write_table()  # again, since the disk may have been full after the last epoch
         self.draw()
         metadata = {name: kind((self.settings | result)[name]) for name, kind in model.METADATA.items()}
         for path in places:
@@ -439,7 +445,7 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
         loader.epoch = epoch
         steps = range(epoch * n, min((epoch + 1) * n, total_steps))
         loss = train_one_epoch(run.network, step, loader, steps, progress.after_step)
-        if recipe.averaged_share and epoch >= epochs - round(recipe.averaged_share * recipe.epochs):
+        if recipe.averaged_share and epoch >= epochs - max(1, round(recipe.averaged_share * recipe.epochs)):
             run.averaged.update_parameters(run.network)
             if steps[-1] == total_steps - 1:
                 with torch.autocast(loader.images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
@@ -462,11 +468,8 @@ def settings_in_effect(recipe: Recipe, network: nn.Module, n_teachers: int, devi
         say(f"network {recipe.network} takes images of 32x32 only: no progressive resizing")
         recipe = dataclasses.replace(recipe, low_resolution_share=0.0)
     if recipe.optimizer == "muon" and not muon_weights(network):
-        say(f"network {recipe.network} has no convolutions for muon: sgd instead")
+        say(f"network {recipe.network} has no weights of convolutions for muon: sgd instead")
         recipe = dataclasses.replace(recipe, optimizer="sgd")
-    if recipe.averaged_share and not round(recipe.averaged_share * recipe.epochs):
-        say(f"{recipe.averaged_share:g} of {recipe.epochs:g} epochs is none: no mean of the weights")
-        recipe = dataclasses.replace(recipe, averaged_share=0.0)
     return dataclasses.replace(recipe, amp_bf16=recipe.amp_bf16 and eval.has_bf16(device),
                                compile=recipe.compile and device.type == "cuda",
                                cuda_graphs=recipe.cuda_graphs and device.type == "cuda",
@@ -478,6 +481,8 @@ def settings_in_effect(recipe: Recipe, network: nn.Module, n_teachers: int, devi
 def divide_logits(network: nn.Module, temperature: float) -> None:
     """Divide the parameters of the last layer by the temperature. Raises UserError if that does not divide the logits,
     and leaves the network in evaluation mode."""
+    if temperature == 1:
+        return
     *_, last = network.eval().modules()
     images = torch.randn(2, 3, 32, 32, device=next(network.parameters()).device)
     expected = network(images) / temperature
@@ -512,7 +517,8 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
     set_seed(args.seed)
     network = model.build_network(recipe.network)
     recipe = settings_in_effect(recipe, network, len(loaded), device)
-    divide_logits(copy.deepcopy(network), args.calibrate)  # to fail now rather than after training
+    model.perturb(trained := copy.deepcopy(network))
+    divide_logits(trained, args.calibrate)  # to fail now rather than after training
     training, test = (split.to(device) for split in data.load_training_data(args.data_dir, args.validate))
     loader = TrainLoader(training, recipe, args.seed)
     sample = Split(training.images[:eval.TRAIN_SAMPLE], training.labels[:eval.TRAIN_SAMPLE])

@@ -105,7 +105,7 @@ def test_a_healthy_npz_is_not_called_damaged(dataset, tmp_path, monkeypatch):
 def test_the_home_folder(dataset, weights, monkeypatch):
     monkeypatch.setenv("HOME", str(dataset.parent))
     assert eval.main(["--weights", str(weights), "--data-dir", f"~/{dataset.name}", "--min-accuracy", "0"]) == 0
-    script = "import eval; print(eval.make_parser().parse_args([]).data_dir)"
+    script = "import data; print(data.DEFAULT_DATA_DIR)"
     environment = os.environ | {"CIFAR10_DIR": "~/cifar", "HOME": "/home/x"}
     output = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert output.stdout == "/home/x/cifar\n"

@@ -91,8 +91,19 @@ def test_tables_of_all_networks(capsys):
 def test_the_table_of_a_layer_that_is_applied_twice_and_a_parameter_of_no_layer():
     network = nn.Sequential(convolution := nn.Conv2d(3, 3, 3), convolution, nn.Flatten(), nn.Linear(2352, 10))
     network.scale = nn.Parameter(torch.ones(7))
-    assert [(kind, parameters) for _, kind, _, parameters, _ in model.layers(network)] == [
-        ("Conv2d", 84), ("Conv2d", 0), ("Flatten", 0), ("Linear", 23_530), ("", 7)]
+    assert [row[1:] for row in model.layers(network)] == [
+        ("Conv2d", "3x30x30", 84, 72_900), ("Conv2d", "3x28x28", 0, 63_504), ("Flatten", "2352", 0, 0),
+        ("Linear", "10", 23_530, 23_520), ("", "", 7, 0)]
+
+
+class Last(nn.Module):
+    def forward(self, results):
+        return results[0][:, -1]
+
+
+def test_the_table_of_a_layer_that_returns_no_tensor():
+    network = nn.Sequential(nn.Flatten(2), nn.LSTM(1024, 10, batch_first=True), Last())
+    assert [row[1:3] for row in model.layers(network)] == [("Flatten", "3x1024"), ("LSTM", ""), ("Last", "10")]
 
 
 class Linear(nn.Module):
@@ -208,6 +219,22 @@ class Overflows(nn.Module):
         return images * math.inf
 
 
+class InHalf(nn.Module):
+    def forward(self, x):
+        return x.half().float() if x.shape[1] > 10 else x.half()
+
+
+class StaysPositive(nn.Module):
+    """Its parameter stands under a root."""
+
+    def __init__(self):
+        super().__init__()
+        self.floor = nn.Parameter(torch.full((1, 3072), 0.05))
+
+    def forward(self, images):
+        return images / (0.1 * images.square().mean(dim=1, keepdim=True) + self.floor).sqrt()
+
+
 class Projects(nn.Module):
     def __init__(self):
         super().__init__()
@@ -227,6 +254,9 @@ class Pair(nn.Module):
     (lambda: Linear(19_270), None),  # 50,000 parameters
     (lambda: Linear(after=nn.LogSoftmax(dim=1)), None),  # harmless: log-probabilities are logits
     (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), None),
+    (lambda: Linear(before=StaysPositive()), None),
+    (lambda: Linear().bfloat16(), "network 'mine' fails, RuntimeError: "),
+    (lambda: Linear(before=InHalf(), after=InHalf()), "network 'mine' computes in half precision: leave it in float32"),
     (lambda: Linear(19_271), "network 'mine' has 50,001 parameters, over the limit of 50,000"),
     (lambda: Linear(after=nn.Unflatten(1, (10, 1))), "two images to [2, 10, 1]: it must return logits of"),
     (lambda: Linear(after=Pair()), "maps one image to tuple, two images to tuple: it must return logits"),

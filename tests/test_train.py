@@ -519,14 +519,15 @@ def test_validation_does_not_replace_the_weights(dataset, tmp_path, monkeypatch)
     assert (run_dir / "weights.pkl").exists()
 
 
-@pytest.mark.parametrize("file, epoch", [("checkpoint.pt", 1), ("metrics.csv", 2), ("weights.pkl", 3)])
-def test_a_full_disk(file, epoch, finished, dataset, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("file, write_that_fails, epoch", [
+    ("checkpoint.pt", 2, 1), ("metrics.csv", 2, 2), ("metrics.csv", 3, 3), ("weights.pkl", 1, 3)])
+def test_a_full_disk(file, write_that_fails, epoch, finished, dataset, tmp_path, monkeypatch, capsys):
     """One sentence says which file, that the run is safe, and how to continue; and it is safe."""
     write, writes = Path.write_bytes, []
 
     def fill_the_disk(path, contents):
         writes.append(path.name.startswith(file))
-        if path.name.startswith(file) and sum(writes) > (file != "weights.pkl"):
+        if path.name.startswith(file) and sum(writes) == write_that_fails:
             raise OSError(28, "No space left on device")
         return write(path, contents)
 
@@ -642,9 +643,11 @@ def test_a_temperature_is_folded_into_the_weights(finished, copied, dataset):
 
 
 class TwoHeads(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, init=lambda parameter: None):
         super().__init__()
         self.first, self.second = torch.nn.Linear(3072, 5), torch.nn.Linear(3072, 10)
+        for parameter in self.parameters():
+            init(parameter)
 
     def forward(self, images):
         return self.first(images.flatten(1)).repeat(1, 2) + self.second(images.flatten(1))
@@ -653,12 +656,14 @@ class TwoHeads(torch.nn.Module):
 @pytest.mark.parametrize("build", [
     lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 10, 32), torch.nn.Flatten()),
     lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10), torch.nn.Tanh()),
-    TwoHeads,
+    lambda: TwoHeads(),
+    lambda: TwoHeads(torch.nn.init.zeros_),
 ])
 def test_a_network_that_cannot_be_calibrated(build, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model.NETWORKS, "mine", build)
     assert train_in(tmp_path, dataset, "--network", "mine", "--calibrate", "2") == 2
-    assert "--calibrate needs a last layer that is linear and returns the logits" in capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert "--calibrate needs a last layer that is linear and returns the logits" in error and "epoch" not in out
 
 
 def test_a_run_with_validate_prints_the_temperature(dataset, tmp_path, capsys):
@@ -676,15 +681,9 @@ def test_without_convolutions_sgd_takes_the_place_of_muon(dataset, tmp_path, mon
     monkeypatch.setitem(
         model.NETWORKS, "mine", lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)))
     assert train_in(tmp_path, dataset, "--network", "mine", "--optimizer", "muon", "--epochs", "1") == 0
-    assert "network mine has no convolutions for muon: sgd instead\n" in capsys.readouterr().out
+    assert "network mine has no weights of convolutions for muon: sgd instead\n" in capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["optimizer"], result["lr"]) == ("sgd", 0.03)
-
-
-def test_a_share_of_less_than_an_epoch_is_not_averaged(dataset, tmp_path, capsys):
-    assert train_in(tmp_path, dataset, "--epochs", "1", "--averaged-share", "0.4") == 0
-    assert "0.4 of 1 epochs is none: no mean of the weights\n" in capsys.readouterr().out
-    assert json.loads((tmp_path / "result.json").read_text())["averaged_share"] == 0
 
 
 class StochasticDepth(torch.nn.Module):
@@ -701,9 +700,17 @@ class StochasticDepth(torch.nn.Module):
 
 def test_a_seed_is_of_all_generators(dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(model.NETWORKS, "mine", StochasticDepth)
-    for name in "ab":
-        assert train_in(tmp_path / name, dataset, "--network", "mine", "--epochs", "1") == 0
-    assert rows_of(tmp_path / "a")[0]["batch_loss"] == rows_of(tmp_path / "b")[0]["batch_loss"]
+    whole, parts = whole_and_in_parts(dataset, tmp_path, monkeypatch, "--network", "mine")
+    assert rows_of(whole) == rows_of(parts)
+    draws = [network(torch.ones(1, 3072)).sum().item() for network in seeded(0, 0, 1, 2**31 - 1)]
+    assert draws[0] == draws[1] and len(set(draws)) == 3
+
+
+def seeded(*seeds: int):
+    for seed in seeds:
+        train.set_seed(seed)
+        (network := StochasticDepth()).linear.weight.data.fill_(1)
+        yield network
 
 
 class NotANumber(torch.nn.Module):
@@ -845,11 +852,11 @@ class Tied(torch.nn.Module):
         self.first, self.second = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 3, 3, padding=1)
         self.second.weight = self.first.weight
         self.unused = torch.nn.Conv2d(3, 3, 3)
-        self.scale = torch.nn.Parameter(torch.ones(1, 3, 1, 1))
+        self.scale = torch.nn.ParameterDict({"weight": torch.ones(1, 3, 1, 1)})
         self.last = torch.nn.Conv2d(3, 10, 1)
 
     def forward(self, images):
-        return self.last(self.scale * self.second(self.first(images).relu()).relu()).mean(dim=(2, 3))
+        return self.last(self.scale["weight"] * self.second(self.first(images).relu()).relu()).mean(dim=(2, 3))
 
 
 def test_muon_takes_each_hidden_convolution_once():
@@ -924,6 +931,8 @@ def test_bad_values_are_one_sentence_that_names_the_value(options, message, data
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()  # no empty directory stays behind
+    (tmp_path / "run").mkdir()
+    assert train_in(tmp_path / "run", dataset, *options) == 2 and (tmp_path / "run").exists()  # unless it was there
 
 
 @pytest.mark.parametrize("options, message", [
