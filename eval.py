@@ -392,9 +392,9 @@ def evaluate_weights(args: argparse.Namespace) -> int:
     if args.image and (args.confusion or args.mistakes or args.full or args.tta):
         raise UserError("--image needs no test set: leave out --confusion, --mistakes, --full and --tta")
     graphs = [path for path in (args.confusion, args.mistakes) if path]
+    if len({path.resolve() for path in (args.weights, *graphs)}) <= len(graphs):
+        raise UserError("a graph would replace the weights or the other graph: name another file for it")
     for path in graphs:
-        if [path.resolve() for path in (args.weights, *graphs)].count(path.resolve()) > 1:
-            raise UserError(f"{path} is the weights file or the other graph: name another file for the graph")
         data.check_writable(path)
     device = pick_device(args.device)
     network, metadata = model.load_weights(args.weights)

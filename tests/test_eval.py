@@ -266,9 +266,9 @@ def test_where_a_picture_cannot_be_written_nothing_is_measured(option, dataset, 
 
 def test_a_graph_does_not_replace_the_weights(weights, capsys):
     assert eval.main(["--weights", str(weights), "--confusion", str(weights)]) == 2
-    assert "is the weights file or the other graph: name another file" in capsys.readouterr().err
+    assert "a graph would replace the weights or the other graph: name another file" in capsys.readouterr().err
     assert eval.main(["--weights", str(weights), "--confusion", "a.png", "--mistakes", "a.png"]) == 2
-    assert "a.png is the weights file or the other graph" in capsys.readouterr().err
+    assert "a graph would replace the weights or the other graph" in capsys.readouterr().err
 
 
 def test_options_that_image_would_ignore_are_refused(weights, capsys):
