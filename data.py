@@ -296,8 +296,9 @@ def random_crop(images: torch.Tensor, padding: int, generator: torch.Generator, 
 class TrainLoader:
     """Batches of the augmented training set in random order; the last one may be smaller.
 
-    The set holds three versions of each training image: as it is, and if the recipe has random versions, flipped and
-    rotated, and through AutoAugment. A batch is normalised images (B, 3, 32, 32) and labels (B,).
+    The set holds each training image as it is. If the recipe has random versions, it also holds the image flipped and
+    rotated (with autoaugment_flipped, after AutoAugment too), and after AutoAugment alone. A batch is normalised images
+    (B, 3, 32, 32) and labels (B,).
 
     Args:
         train: the training set; the batches are on its device.

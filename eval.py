@@ -8,7 +8,7 @@
     python eval.py --tta                         also the accuracy with test-time augmentation
     python eval.py --image cat.jpg ship.png      the three likeliest classes of any image
 
-Exit status: 0 when the accuracy reaches --min-accuracy, 1 when it does not, 2 for an error.
+Exit status: 0; 1 if the accuracy is below --min-accuracy; 2 for an error, or an image that cannot be read.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def run_script(command: Callable[[argparse.Namespace], int], args: argparse.Name
     except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError for most things
         if not is_out_of_memory(error):
             raise
-        print("error: there is not enough memory: close other programs, or train with a smaller --batch-size",
+        print("error: there is not enough memory: close other programs, or give train.py a smaller --batch-size",
               file=sys.stderr)
     except KeyboardInterrupt:
         return 130
@@ -157,7 +157,7 @@ def calibration_error(log_probabilities: torch.Tensor, labels: torch.Tensor, bin
 
 
 def fit_temperature(log_probabilities: torch.Tensor, labels: torch.Tensor) -> float:
-    """The temperature, from 0.5 to 2, with the least loss (temperature scaling, in the same paper)."""
+    """The temperature, from 0.5 to 2, with the least loss (temperature scaling, arXiv 1706.04599)."""
     return min((n / 100 for n in range(50, 201)), key=lambda t: F.cross_entropy(log_probabilities / t, labels).item())
 
 
@@ -376,7 +376,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weights", type=path, default="weights.pkl", metavar="FILE", help="from train.py (default: %(default)s)")
     add("--data-dir", type=path, default=data.DEFAULT_DATA_DIR, metavar="DIR", help="default: $CIFAR10_DIR, or data")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
-    add("--min-accuracy", type=float, default=80.0, metavar="PERCENT", help="the bar for exit status 0 (default: 80)")
+    add("--min-accuracy", type=float, default=80.0, metavar="PERCENT",
+        help="exit with status 1 below this accuracy (default: 80)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--confusion", type=path, metavar="FILE.png", help="draw the confusion matrix")
     add("--mistakes", type=path, metavar="FILE.png", help="draw the most confident mistakes")
@@ -392,7 +393,7 @@ def evaluate_weights(args: argparse.Namespace) -> int:
     if args.image and (args.confusion or args.mistakes or args.full or args.tta):
         raise UserError("--image needs no test set: leave out --confusion, --mistakes, --full and --tta")
     graphs = [path for path in (args.confusion, args.mistakes) if path]
-    if len({path.resolve() for path in (args.weights, *graphs)}) <= len(graphs):
+    if len({path.resolve() for path in (args.weights, *graphs)}) < len([args.weights, *graphs]):
         raise UserError("a graph would replace the weights or the other graph: name another file for it")
     for path in graphs:
         data.check_writable(path)

@@ -1,8 +1,8 @@
 """The networks and their weights.
 
 A network is any `nn.Module` that maps normalised images, float (N, 3, 32, 32), to logits (N, 10). It has at most 50,000
-parameters and a name in NETWORKS, and is built without arguments. It then trains with every recipe. PlainCNN below is
-an example; for one of your own, write it beside it, add it to NETWORKS as "mine", and run:
+parameters and a name in NETWORKS, and is built without arguments. It then trains with every recipe. For one of your
+own, write a class like PlainCNN below NETWORKS, then NETWORKS["mine"] = Mine, and run:
 
     python model.py mine               its layers
     python train.py --network mine     trains it
@@ -171,7 +171,7 @@ def anti_aliased_pool() -> nn.Sequential:
 
 
 class GatedBlock(nn.Module):
-    """x + layers(x): a depthwise 3x3 convolution, then gated 1x1 ones, as in ConvNeXt (arXiv 2201.03545).
+    """x + layers(x): a depthwise 3x3 convolution, then 1x1 ones, in ConvNeXt's order (arXiv 2201.03545), with a gate.
 
     The input of the gate is clamped to -4..4, since a gate squares outliers (arXiv 2409.12517). The last gain starts
     at zero, so the block starts as the identity (SkipInit, arXiv 2002.10444).
@@ -208,8 +208,8 @@ class FlipNet(nn.Module):
             if before != width:  # 3x3 for the image, 1x1 between stages
                 layers += [FlipConv2d(before, width, 1 if layers else 3), FlipBatchNorm2d(width), nn.SiLU()]
             layers += [GatedBlock(width) for _ in range(n)]
-        self.features = nn.Sequential(*layers, FlipBatchNorm2d(width), nn.SiLU())
-        self.classifier = nn.Linear(width // 2, 10)
+        self.features = nn.Sequential(*layers, FlipBatchNorm2d(widths[-1]), nn.SiLU())
+        self.classifier = nn.Linear(widths[-1] // 2, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = images.contiguous(memory_format=torch.channels_last)  # faster with these layers
@@ -238,7 +238,7 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def find_network(name: str) -> Callable[[], nn.Module]:
-    """What builds the network of this name. Raises UserError if there is none."""
+    """The function that builds the network of this name. Raises UserError if there is none."""
     if name not in NETWORKS:
         raise UserError(f"model.py has no network {name!r:.60}: it has {', '.join(NETWORKS)}")
     return NETWORKS[name]
@@ -254,7 +254,7 @@ def build_network(name: str) -> nn.Module:
     except Exception as error:  # whatever its code raises
         what = ("an attribute is a computed tensor, such as a kept activation or a weight of torch.nn.utils.weight_norm"
                 if "deepcopy protocol" in str(error) else one_line(error))
-        raise UserError(f"network {name!r} fails, {what}: correct it in model.py") from error
+        raise UserError(f"network {name!r} fails ({what}): correct it in model.py") from error
     if fault:
         raise UserError(f"network {name!r} {fault}")
     return network.train()
@@ -293,10 +293,10 @@ def find_fault(network: nn.Module) -> str | None:
         return "returns logits that are not finite: find out where its values overflow"
     rounding = 1e-3 * expected.abs().max()
     if (repeated - expected).abs().max() > rounding:
-        return ("returns other logits for the same images: give a dropout training=self.training, and let forward() "
-                "leave its input as it is")
+        return ("returns different logits when called twice on the same images: pass training=self.training to a "
+                "dropout, and do not change the input of forward() in place")
     if (alone - expected[:1]).abs().max() > rounding:
-        return "returns other logits for an image that comes alone: let it not mix the images of a batch"
+        return "returns different logits for an image alone and in a batch: do not mix the images of a batch"
     if (exported - expected).abs().max() > rounding:
         return ("uses what a convolution returns before its batch norm, which export() folds into it: keep the two out "
                 "of an nn.Sequential")
@@ -305,7 +305,7 @@ def find_fault(network: nn.Module) -> str | None:
 
 @torch.no_grad()
 def perturb(network: nn.Module) -> None:
-    """Change each parameter by about a tenth, and zeros to about a tenth."""
+    """Change each parameter by about a tenth of its value, and each zero to about 0.1 in size."""
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         if parameter.is_floating_point():
@@ -425,9 +425,11 @@ def describe_training(metadata: dict) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 def layers(network: nn.Module) -> list[tuple[str, str, str, int, int]]:
-    """Name, type, output shape, parameters and multiply-adds of each layer, for one image of 32x32. Multiply-adds of
-    convolutions and linear layers only. Parameters of a layer that is applied again are not counted again, and those of
-    no layer stand in a last row."""
+    """Name, type, output shape, parameters and multiply-adds of each layer, for one image of 32x32.
+
+    Multiply-adds are those of convolutions and linear layers. Parameters of a layer that is called twice count once.
+    Parameters outside all these layers are in a last row, "elsewhere".
+    """
     rows, counted = [], set()
 
     def add_row(name: str, layer: nn.Module, output: torch.Tensor) -> None:

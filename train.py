@@ -10,7 +10,8 @@
     python train.py --validate                    hold out 5,000 training images and measure on them
     python train.py --resume                      continue an interrupted run
 
-A run leaves weights.pkl, metrics.csv, accuracy.png, loss.png, result.json and checkpoint.pt in its directory.
+After each epoch, the network is measured on 5,000 training images, not augmented, and on the test set. A run leaves
+weights.pkl, metrics.csv, accuracy.png, loss.png, result.json and checkpoint.pt in its directory.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def setting(help: str, rule: tuple[str, Callable] = ("", lambda value: True), de
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The settings of a run, except its seed and its teachers. Raises UserError for a bad value."""
+    """The settings of a run, except seed, teachers, --validate and --calibrate. Raises UserError for a bad value."""
 
     network: str = setting("a name in model.NETWORKS")
     # optimisation
@@ -81,8 +82,10 @@ class Recipe:
                                   "AutoAugment fills with grey", default=True)
     # speed
     low_resolution_share: float = setting("share of the steps on small images (progressive resizing)", SHARE, 0.0)
-    amp_bf16: bool = setting("bfloat16 autocast, where the hardware has bfloat16", default=True)
-    cuda_graphs: bool = setting("on CUDA, record a step and replay it; off for a network that branches in Python",
+    amp_bf16: bool = setting("bfloat16 autocast, where the hardware has it (on a CPU: from PyTorch 2.10 on)",
+                             default=True)
+    cuda_graphs: bool = setting("on CUDA, record a step and replay it; off for a network whose Python code differs "
+                                "between steps",
                                 default=True)
     compile: bool = setting("on CUDA, torch.compile: a minute for each image size, then faster steps", default=False)
 
@@ -112,7 +115,7 @@ RECIPES["best"] = dataclasses.replace(  # for long runs, with or without teacher
     autoaugment_flipped=True, crop_padding=4, black_borders=False, teachers_per_batch=3)
 
 
-SPEED = ("cuda_graphs", "compile")  # settings that do not change what a run is
+SPEED = ("cuda_graphs", "compile")  # for speed alone: not in the name of a run, and --resume may change them
 
 
 # --- optimisation ---------------------------------------------------------------------------------
@@ -130,7 +133,7 @@ def orthogonalize(updates: torch.Tensor, steps: int = 3) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum whose updates are orthogonalised: each weight is taken as a matrix, one row a filter.
+    """SGD with momentum whose updates are orthogonalised. Each weight is taken as a matrix whose rows are its filters.
 
     So all directions of a matrix are learned equally fast. After each step every filter is rescaled to a norm of 1
     (Karras et al. 2024, arXiv 2312.02696): the learning rate is the relative size of an update, no filter grows or
@@ -202,7 +205,7 @@ def lr_factor(progress: float, warmup_fraction: float) -> float:
 # --- training -------------------------------------------------------------------------------------
 
 def set_seed(seed: int) -> None:
-    """Of all generators that a network may draw from."""
+    """Seed all generators that a network may draw from."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -230,6 +233,8 @@ class CUDAGraphs:
                 with torch.cuda.graph(graph):
                     result = self.function(*copies)
             except RuntimeError as error:
+                if eval.is_out_of_memory(error):
+                    raise
                 raise UserError(f"the network cannot be recorded ({one_line(error)}): use --no-cuda-graphs") from error
             self.graphs[shapes] = graph, copies, result
         graph, copies, result = self.graphs[shapes]
@@ -259,7 +264,7 @@ def make_step(
     def update(images: torch.Tensor, targets: torch.Tensor, factor: float) -> torch.Tensor:
         for group in groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        forward = compiled if len(images) == recipe.batch_size else network  # compiled for one size only
+        forward = compiled if len(images) == recipe.batch_size else network  # compiled for whole batches only
         with autocast:
             logits = forward(images).float()
         network.zero_grad()
@@ -300,8 +305,8 @@ def train_one_epoch(
 
 
 def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int]) -> list[float]:
-    """The seconds of each step of a run, by its image size: the least of three, with a copy of the network. Raises
-    UserError if a step fails."""
+    """Try steps on a copy of the network. Returns the seconds of each step of a run, by its image size: the least of
+    three, on CUDA neither recorded nor compiled. Raises UserError if a step fails."""
     network, recipe = copy.deepcopy(network), dataclasses.replace(loader.recipe, compile=False)
     few = TrainLoader(Split(loader.images[:500], loader.labels[:500]), recipe)
     optimizers = build_optimizers(network, recipe)
@@ -328,8 +333,8 @@ def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader,
 class Run:
     """The directory of a run: its log, graphs and checkpoint, which grow with each epoch, then weights and result.
 
-    `settings` decide the result, `history` has a row of numbers for each epoch, and `sittings` the machine, epochs and
-    seconds of each stretch of a run, which may be resumed elsewhere.
+    `settings` determine the result. `history` has a row of numbers for each epoch. `sittings` has an entry for each
+    process that worked on the run, the first one and one for each --resume: its machine, epochs and seconds.
     """
 
     def __init__(self, directory: Path, settings: dict, machine: dict, network: nn.Module, optimizers: list):
@@ -374,20 +379,22 @@ class Run:
             for name in ("result.json", "weights.pkl"):
                 (self.directory / name).unlink(missing_ok=True)
         self.history = history
-        self.write_table()
+        self.write_metrics()
         if time.perf_counter() - self.drawn > 20:  # seconds; on a GPU an epoch takes three
             self.draw()
             self.drawn = time.perf_counter()
 
-    def write_table(self) -> None:
+    def write_metrics(self) -> None:
         lines = [self.history[0], *[row.values() for row in self.history]]
         table = "".join(",".join(map(str, line)) + "\n" for line in lines)
         data.atomic_write(self.directory / "metrics.csv", table.encode())
 
     def draw(self) -> None:
         """Draw accuracy.png and loss.png; before the first epoch, only try to."""
+        if not self.can_draw:
+            return
         try:
-            for quantity in ("accuracy", "loss") if self.can_draw else ():
+            for quantity in ("accuracy", "loss"):
                 graph = eval.plot_history(self.history, quantity, f"CIFAR-10: {self.directory.resolve().name}")
                 if self.history:
                     data.atomic_write(self.directory / f"{quantity}.png", graph)
@@ -397,7 +404,7 @@ class Run:
 
     def finish(self, result: dict, places: list[Path]) -> float:
         """Write the weights to these places, and result.json. Returns the seconds of all sittings."""
-        self.write_table()  # again, since the disk may have been full after the last epoch
+        self.write_metrics()  # again, since the disk may have been full after the last epoch
         self.draw()
         metadata = {name: kind((self.settings | result)[name]) for name, kind in model.METADATA.items()}
         for path in places:
@@ -424,7 +431,7 @@ def table_line(row: dict, prefix: str, left: str = "") -> str:
 # --- the run --------------------------------------------------------------------------------------
 
 def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict[str, Split]) -> None:
-    """Train to the last epoch, and after each measure the network on `splits`, which name the columns of the log.
+    """Train to the last epoch. After each one, measure the network on `splits`; their names begin those of columns.
 
     After the last epoch the network gets the mean of its weights after each epoch of the averaged share, and batch norm
     its statistics with these weights (stochastic weight averaging, Izmailov et al. 2018, arXiv 1803.05407).
@@ -447,7 +454,7 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
         loss = train_one_epoch(run.network, step, loader, steps, progress.after_step)
         if recipe.averaged_share and epoch >= epochs - max(1, round(recipe.averaged_share * recipe.epochs)):
             run.averaged.update_parameters(run.network)
-            if steps[-1] == total_steps - 1:
+            if epoch == epochs - 1:
                 with torch.autocast(loader.images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
                     update_bn(loader, run.averaged)
                 run.network.load_state_dict(run.averaged.module.state_dict())
@@ -463,12 +470,12 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
 
 
 def settings_in_effect(recipe: Recipe, network: nn.Module, n_teachers: int, device: torch.device) -> Recipe:
-    """The recipe, less what this network, the teachers or the device leave without effect."""
+    """The recipe as it takes effect with this network, number of teachers and device; this is what is recorded."""
     if recipe.low_resolution_share and not all(model.takes_size(network, size) for size in (16, 24)):
         say(f"network {recipe.network} takes images of 32x32 only: no progressive resizing")
         recipe = dataclasses.replace(recipe, low_resolution_share=0.0)
     if recipe.optimizer == "muon" and not muon_weights(network):
-        say(f"network {recipe.network} has no weights of convolutions for muon: sgd instead")
+        say(f"network {recipe.network} has no convolution that muon takes: sgd with lr {recipe.lr:g} instead")
         recipe = dataclasses.replace(recipe, optimizer="sgd")
     return dataclasses.replace(recipe, amp_bf16=recipe.amp_bf16 and eval.has_bf16(device),
                                compile=recipe.compile and device.type == "cuda",
@@ -512,7 +519,7 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
     loaded = [model.load_weights(path) for path in args.teachers]
     for path, (_, metadata) in zip(args.teachers, loaded, strict=True):
         if args.validate and not metadata["validate"]:
-            raise UserError(f"{path} has seen the held-out images: with --validate, use teachers trained with it")
+            raise UserError(f"{path} has seen the held-out images: --validate needs teachers trained with --validate")
     torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one on CUDA too
     set_seed(args.seed)
     network = model.build_network(recipe.network)
@@ -566,7 +573,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--run-dir", type=path, metavar="DIR", help="for the run's files (default: in runs/, named after the settings)")
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--resume", action="store_true", help="continue the run in its directory after its last finished epoch")
-    one_of("--overwrite", action="store_true", help="replace the run in the directory, after one new epoch")
+    one_of("--overwrite", action="store_true", help="start the run anew; the old one stays until an epoch is finished")
     add("--data-dir", type=path, default=data.DEFAULT_DATA_DIR, metavar="DIR", help="default: $CIFAR10_DIR, or data")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: fastest)")
     settings = parser.add_argument_group("settings of a recipe, and their values in each")
@@ -582,7 +589,8 @@ def name_run(args: argparse.Namespace, recipe: Recipe, changes: dict) -> str:
     name = "-".join([
         args.recipe, f"{recipe.epochs:g}ep", f"seed{args.seed}",
         *[f"{name}={value}" for name, value in changes.items() if name not in ("epochs", *SPEED)],
-        *[f"{path.parent.name}_{path.stem}".lstrip("_") for path in args.teachers], *args.validate * ["validate"]])
+        *[f"{path.parent.name}_{path.stem}".lstrip("_") for path in args.teachers],
+        *(["validate"] if args.validate else [])])
     return name if len(name) <= 200 else f"{name[:190]}-{hashlib.md5(name.encode()).hexdigest()[:8]}"
 
 
@@ -602,7 +610,7 @@ def run_command(args: argparse.Namespace) -> int:
     kept = [*args.teachers, *[run_dir / name for name in ("checkpoint.pt", "metrics.csv", "result.json")]]
     for path in places:
         if path.resolve() in [other.resolve() for other in kept]:
-            raise UserError(f"{path} is a teacher or another file of the run: name another --out")
+            raise UserError(f"{path} is a teacher or another file of the run: name another --out or --run-dir")
     is_new = not run_dir.exists()
     for path in places:
         data.check_writable(path)

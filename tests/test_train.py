@@ -681,7 +681,7 @@ def test_without_convolutions_sgd_takes_the_place_of_muon(dataset, tmp_path, mon
     monkeypatch.setitem(
         model.NETWORKS, "mine", lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)))
     assert train_in(tmp_path, dataset, "--network", "mine", "--optimizer", "muon", "--epochs", "1") == 0
-    assert "network mine has no weights of convolutions for muon: sgd instead\n" in capsys.readouterr().out
+    assert "network mine has no convolution that muon takes: sgd with lr 0.03 instead\n" in capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["optimizer"], result["lr"]) == ("sgd", 0.03)
 
