@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout  # a dependency of torch
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-DEFAULT_DATA_DIR = os.path.expanduser(os.environ.get("CIFAR10_DIR") or "data")
 SIZES = {"train": 50_000, "test": 10_000}
 
 # Of the 50,000 training images, per colour channel, on the scale 0..1.
@@ -61,8 +60,11 @@ def say(text: str = "", end: str = "\n") -> None:
 
 
 def path_option(text: str) -> Path:
-    """A path on the command line, for argparse; ~ is the home folder."""
+    """A path on the command line or in an environment variable; ~ is the home folder."""
     return Path(os.path.expanduser(text))
+
+
+DEFAULT_DATA_DIR = path_option(os.environ.get("CIFAR10_DIR") or "data")
 
 
 def check_writable(path: Path) -> None:

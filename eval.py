@@ -393,7 +393,8 @@ def evaluate_weights(args: argparse.Namespace) -> int:
     if args.image and (args.confusion or args.mistakes or args.full or args.tta):
         raise UserError("--image needs no test set: leave out --confusion, --mistakes, --full and --tta")
     graphs = [path for path in (args.confusion, args.mistakes) if path]
-    if len({path.resolve() for path in (args.weights, *graphs)}) < len([args.weights, *graphs]):
+    files = [args.weights, *graphs]
+    if len({path.resolve() for path in files}) < len(files):
         raise UserError("a graph would replace the weights or the other graph: name another file for it")
     for path in graphs:
         data.check_writable(path)

@@ -85,8 +85,7 @@ class Recipe:
     amp_bf16: bool = setting("bfloat16 autocast, where the hardware has it (on a CPU: from PyTorch 2.10 on)",
                              default=True)
     cuda_graphs: bool = setting("on CUDA, record a step and replay it; off for a network whose Python code differs "
-                                "between steps",
-                                default=True)
+                                "between steps", default=True)
     compile: bool = setting("on CUDA, torch.compile: a minute for each image size, then faster steps", default=False)
 
     def __post_init__(self):

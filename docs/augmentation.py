@@ -16,7 +16,7 @@ sys.path.insert(0, str(DOCS.parent))
 from data import CLASSES, DEFAULT_DATA_DIR, autoaugment, flip_and_rotate, load_split
 
 
-def main(data_dir: str = DEFAULT_DATA_DIR, out: Path = DOCS / "augmentation.png") -> None:
+def main(data_dir: str | Path = DEFAULT_DATA_DIR, out: Path = DOCS / "augmentation.png") -> None:
     train = load_split(data_dir, "train")
     images, labels = train.images[:8], train.labels[:8].tolist()
     versions = {

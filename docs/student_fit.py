@@ -25,7 +25,7 @@ from model import load_weights
 CALIBRATE = 0.73  # of both students
 
 
-def main(data_dir: str = DEFAULT_DATA_DIR, out: Path = DOCS / "student_fit.csv", n: int = 4000) -> None:
+def main(data_dir: str | Path = DEFAULT_DATA_DIR, out: Path = DOCS / "student_fit.csv", n: int = 4000) -> None:
     train = load_split(data_dir, "train")
     images, labels = train.images[:n], train.labels[:n]
     versions = {
