@@ -5,14 +5,12 @@ Images stay uint8 in one tensor (N, 32, 32, 3) from the file to the batch: 154 M
 """
 
 import contextlib
-import datetime
 import http.client
 import math
 import os
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -348,47 +346,8 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def image_size(progress: float, low_resolution_share: float) -> int:
-    """The size of the images after a share `progress` of the steps: 16 pixels for the first half of the low-resolution
-    share of the steps, 24 for its second half, then 32 (progressive resizing, fast.ai 2018)."""
-    if progress >= low_resolution_share:
-        return 32
-    return 16 if progress < low_resolution_share / 2 else 24
-
-
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """Smaller images, without aliasing: (N, 3, 32, 32) -> (N, 3, size, size)."""
     if size == images.shape[-1]:
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-
-
-# --- progress -------------------------------------------------------------------------------------
-
-class Progress:
-    """Shows how far a run is and how long it will take: on a terminal in place, in a log file now and then.
-
-    Args:
-        costs: the seconds of each step of the run, as rehearsed. Only their ratios count: augmentation and evaluation
-            add to all steps alike.
-        first: the step from which the run goes on.
-        steps_per_epoch: of a whole epoch.
-    """
-
-    def __init__(self, costs: list[float], first: int, steps_per_epoch: int):
-        self.costs, self.first, self.steps_per_epoch = costs, first, steps_per_epoch
-        self.start = time.perf_counter()
-        self.next_line = self.start + 60  # when a log file gets a line
-
-    def left(self, step: int) -> str:
-        """The time left after step number `step`, as h:mm:ss."""
-        seconds = time.perf_counter() - self.start
-        seconds *= sum(self.costs[step + 1 :]) / sum(self.costs[self.first : step + 1])
-        return str(datetime.timedelta(seconds=round(seconds)))
-
-    def after_step(self, step: int) -> None:
-        is_terminal, now = sys.stdout.isatty(), time.perf_counter()
-        if step % 10 == 9 if is_terminal else now > self.next_line:
-            line = f"      step {step % self.steps_per_epoch + 1} of {self.steps_per_epoch}, {self.left(step)} left"
-            say(f"\r{line:60}\r" if is_terminal else line, end="" if is_terminal else "\n")
-            self.next_line = now + 600

@@ -232,6 +232,25 @@ NETWORKS = {
 }
 
 
+# --- inference -----------------------------------------------------------------------------------
+
+def export(network: nn.Module) -> nn.Module:
+    """A copy of `network` for inference, faster and equal up to rounding: flip-equivariant layers become ordinary
+    ones, and a batch norm that follows a convolution is folded into it."""
+    exported = copy.deepcopy(network).eval()
+    for parent in list(exported.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, (FlipConv2d, FlipBatchNorm2d)):
+                setattr(parent, name, layer.export())
+        if type(parent) is nn.Sequential:  # a subclass may apply its layers in another order
+            for i, (layer, following) in enumerate(itertools.pairwise(parent)):
+                if type(layer) is nn.Conv2d and type(following) is nn.BatchNorm2d and following.track_running_stats:
+                    parent[i], parent[i + 1] = fuse_conv_bn_eval(layer, following), nn.Identity()
+    return exported
+
+
+# --- what a network must do -----------------------------------------------------------------------
+
 def count_parameters(network: nn.Module) -> int:
     """The number of parameters, trainable or not. Batch norm's running statistics are buffers, not parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
@@ -322,21 +341,6 @@ def takes_size(network: nn.Module, size: int) -> bool:
         return False
 
 
-def export(network: nn.Module) -> nn.Module:
-    """A copy of `network` for inference, faster and equal up to rounding: flip-equivariant layers become ordinary
-    ones, and a batch norm that follows a convolution is folded into it."""
-    exported = copy.deepcopy(network).eval()
-    for parent in list(exported.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, (FlipConv2d, FlipBatchNorm2d)):
-                setattr(parent, name, layer.export())
-        if type(parent) is nn.Sequential:  # a subclass may apply its layers in another order
-            for i, (layer, following) in enumerate(itertools.pairwise(parent)):
-                if type(layer) is nn.Conv2d and type(following) is nn.BatchNorm2d and following.track_running_stats:
-                    parent[i], parent[i + 1] = fuse_conv_bn_eval(layer, following), nn.Identity()
-    return exported
-
-
 # --- files ----------------------------------------------------------------------------------------
 
 # What a weights file says about its training, by name and type.
@@ -392,8 +396,7 @@ def load_weights(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     remedy = "name the weights.pkl of a finished run, or train one with: python train.py --out FILE"
     contents = load_archive(path, {"metadata", "state"}, remedy)
     metadata = contents["metadata"]
-    if not (isinstance(metadata, dict) and metadata.keys() == METADATA.keys()
-            and all(type(metadata[name]) is kind for name, kind in METADATA.items())
+    if not (isinstance(metadata, dict) and {name: type(value) for name, value in metadata.items()} == METADATA
             and metadata["recipe"].isprintable() and len(metadata["recipe"]) < 100 and 0 <= metadata["seed"] < 2**31):
         raise UserError(f"{path} has no valid description of its network: {remedy}")
     try:
@@ -424,7 +427,7 @@ def describe_training(metadata: dict) -> str:
 
 # --- the command ----------------------------------------------------------------------------------
 
-def layers(network: nn.Module) -> list[tuple[str, str, str, int, int]]:
+def layer_table(network: nn.Module) -> list[tuple[str, str, str, int, int]]:
     """Name, type, output shape, parameters and multiply-adds of each layer, for one image of 32x32.
 
     Multiply-adds are those of convolutions and linear layers. Parameters of a layer that is called twice count once.
@@ -460,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
             network = build_network(name)
         except UserError as error:
             parser.exit(2, f"error: {error}\n")
-        rows = layers(network)
+        rows = layer_table(network)
         total = ("", "sum", "", count_parameters(network), sum(row[4] for row in rows))
         say(f"\n{name}\n\n{'layer':32}{'type':17}{'output':>9}{'parameters':>12}{'multiply-adds':>15}")
         for layer, kind, shape, parameters, multiply_adds in [*rows, total]:

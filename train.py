@@ -18,6 +18,7 @@ import argparse
 import collections
 import copy
 import dataclasses
+import datetime
 import functools
 import glob
 import hashlib
@@ -41,7 +42,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 import data
 import eval
 import model
-from data import Progress, Split, TrainLoader, UserError, image_size, one_line, resize, say
+from data import Split, TrainLoader, UserError, one_line, resize, say
 
 # --- recipes --------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ RECIPES = {
     # epochs, batch size and learning rate are the report's; it names no optimizer and no schedule
     "report": Recipe(
         network="report", epochs=20, batch_size=250, optimizer="adamw", lr=0.03, weight_decay=0.0, warmup_fraction=0.1),
-    # high accuracy in minutes; docs/notes.md tells how the values were chosen
+    # high accuracy in minutes; the trials behind its values are in docs/trials.csv
     "fast": Recipe(
         network="gated", epochs=2, batch_size=128, optimizer="muon", lr=0.03, weight_decay=0.0, warmup_fraction=0.15,
         label_smoothing=0.1, resample=True, autoaugment_group_size=16, crop_padding=2, low_resolution_share=0.3),
@@ -201,6 +202,14 @@ def lr_factor(progress: float, warmup_fraction: float) -> float:
     return (1 + math.cos(math.pi * (progress - warmup_fraction) / (1 - warmup_fraction))) / 2
 
 
+def image_size(progress: float, low_resolution_share: float) -> int:
+    """The size of the images after a share `progress` of the steps: 16 pixels for the first half of the low-resolution
+    share of the steps, 24 for its second half, then 32 (progressive resizing, fast.ai 2018)."""
+    if progress >= low_resolution_share:
+        return 32
+    return 16 if progress < low_resolution_share / 2 else 24
+
+
 # --- training -------------------------------------------------------------------------------------
 
 def set_seed(seed: int) -> None:
@@ -272,10 +281,11 @@ def make_step(
             optimizer.step()
         return F.cross_entropy(logits.detach(), targets, reduction="sum")
 
-    if recipe.cuda_graphs and device.type == "cuda":
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # of AdamW's first steps
-        factors = torch.tensor(factors, device=device)
-        update, teachers = CUDAGraphs(update), [CUDAGraphs(teacher) for teacher in teachers]
+    if device.type == "cuda":
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # of AdamW's plain steps
+        factors = torch.tensor(factors, device=device)  # a number would be part of a graph or of compiled code
+        if recipe.cuda_graphs:
+            update, teachers = CUDAGraphs(update), [CUDAGraphs(teacher) for teacher in teachers]
 
     def step(number: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         targets = labels
@@ -306,25 +316,53 @@ def train_one_epoch(
 def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader, sizes: list[int]) -> list[float]:
     """Try steps on a copy of the network. Returns the seconds of each step of a run, by its image size: the least of
     three, on CUDA neither recorded nor compiled. Raises UserError if a step fails."""
-    network, recipe = copy.deepcopy(network), dataclasses.replace(loader.recipe, compile=False)
-    few = TrainLoader(Split(loader.images[:500], loader.labels[:500]), recipe)
-    optimizers = build_optimizers(network, recipe)
+    network, recipe = copy.deepcopy(network).train(), dataclasses.replace(loader.recipe, compile=False)
+    optimizers, n = build_optimizers(network, recipe), recipe.batch_size
+    images, labels = data.normalize(loader.images[:n]), loader.labels[:n]
 
-    def run_step(size: int) -> None:
-        train_one_epoch(network, make_step(network, teachers, optimizers, recipe, [(size, 1.0)]), few, range(1))
+    def run_step(size: int, n: int = n) -> None:
+        step = make_step(network, teachers, optimizers, recipe, [(size, 1.0)])
+        step(0, images[:n], labels[:n]).item()  # waits for a GPU
 
     try:
         seconds = {size: min(timeit.repeat(functools.partial(run_step, size), number=1, repeat=3))
                    for size in set(sizes)}
-        images, labels = next(iter(few))
-        rest = len(loader.images) % recipe.batch_size or recipe.batch_size  # an epoch's last batch may be one image
-        make_step(network, teachers, optimizers, recipe, [(32, 1.0)])(0, images[:rest], labels[:rest])
+        run_step(32, len(loader.images) % n or n)  # an epoch's last batch may be one image
     except Exception as error:  # whatever the network's code raises in bfloat16, or in training mode
         if isinstance(error, UserError) or eval.is_out_of_memory(error):
             raise
         raise UserError(f"network {recipe.network} cannot be trained ({one_line(error)}): correct it in model.py, or "
                         "try --no-amp-bf16 or another --batch-size") from error
     return [seconds[size] for size in sizes]
+
+
+class Progress:
+    """Shows how far a run is and how long it will take: on a terminal in place, in a log file now and then.
+
+    Args:
+        costs: the seconds of each step of the run, as rehearsed. Only their ratios count: augmentation and evaluation
+            add to all steps alike.
+        first: the step from which the run goes on.
+        steps_per_epoch: of a whole epoch.
+    """
+
+    def __init__(self, costs: list[float], first: int, steps_per_epoch: int):
+        self.costs, self.first, self.steps_per_epoch = costs, first, steps_per_epoch
+        self.start = time.perf_counter()
+        self.next_line = self.start + 60  # when a log file gets a line
+
+    def left(self, step: int) -> str:
+        """The time left after step number `step`, as h:mm:ss."""
+        seconds = time.perf_counter() - self.start
+        seconds *= sum(self.costs[step + 1 :]) / sum(self.costs[self.first : step + 1])
+        return str(datetime.timedelta(seconds=round(seconds)))
+
+    def after_step(self, step: int) -> None:
+        is_terminal, now = sys.stdout.isatty(), time.perf_counter()
+        if step % 10 == 9 if is_terminal else now > self.next_line:
+            line = f"      step {step % self.steps_per_epoch + 1} of {self.steps_per_epoch}, {self.left(step)} left"
+            say(f"\r{line:60}\r" if is_terminal else line, end="" if is_terminal else "\n")
+            self.next_line = now + 600
 
 
 # --- what a run leaves behind ---------------------------------------------------------------------
@@ -342,7 +380,7 @@ class Run:
         # the mean of the weights after each of the last epochs
         self.averaged = AveragedModel(network) if settings["averaged_share"] else None
         self.prefix = "val" if settings["validate"] else "test"  # of the columns that measure the network
-        self.start, self.can_draw, self.drawn = time.perf_counter(), True, -math.inf
+        self.start, self.can_draw, self.drawn_at = time.perf_counter(), True, -math.inf
         self.draw()  # so that a missing matplotlib is reported before the first step
 
     def restore(self) -> None:
@@ -379,9 +417,9 @@ class Run:
                 (self.directory / name).unlink(missing_ok=True)
         self.history = history
         self.write_metrics()
-        if time.perf_counter() - self.drawn > 20:  # seconds; on a GPU an epoch takes three
+        if time.perf_counter() - self.drawn_at > 20:  # seconds; on a GPU an epoch takes three
             self.draw()
-            self.drawn = time.perf_counter()
+            self.drawn_at = time.perf_counter()
 
     def write_metrics(self) -> None:
         lines = [self.history[0], *[row.values() for row in self.history]]
@@ -438,6 +476,8 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
     recipe, n = loader.recipe, len(loader)
     total_steps = max(1, round(recipe.epochs * n))
     epochs = math.ceil(total_steps / n)
+    if len(run.history) == epochs:  # a finished run, to be saved again
+        return
     shares = [(step + 0.5) / total_steps for step in range(total_steps)]  # of the steps; the rate is never zero
     schedule = [(image_size(share, recipe.low_resolution_share), lr_factor(share, recipe.warmup_fraction))
                 for share in shares]
@@ -611,7 +651,7 @@ def run_command(args: argparse.Namespace) -> int:
         if path.resolve() in [other.resolve() for other in kept]:
             raise UserError(f"{path} is a teacher or another file of the run: name another --out or --run-dir")
     is_new = not run_dir.exists()
-    for path in places:
+    for path in reversed(places):  # the run's directory last, since it is created
         data.check_writable(path)
     busy = f"another process trains in {run_dir}: wait for it, or name another --run-dir"
     with data.hold_lock(run_dir / "lock", busy):

@@ -1,4 +1,4 @@
-"""Draw docs/accuracy_vs_parameters.png: published networks (published.csv) and this project's runs (results.csv).
+"""Draw docs/accuracy_vs_parameters.png: networks of others (published.csv) and this project's runs (results.csv).
 
     python docs/accuracy_vs_parameters.py
 """
@@ -26,7 +26,7 @@ def read(name: str) -> list[dict]:
 
 
 def main(out: Path = DOCS / "accuracy_vs_parameters.png") -> None:
-    published = [(int(row["parameters"]), float(row["accuracy"]), row["name"]) for row in read("published.csv")]
+    others = [(int(row["parameters"]), float(row["accuracy"]), row["name"]) for row in read("published.csv")]
     ours = []
     for id, label in OURS.items():
         runs = [row for row in read("results.csv") if row["id"] == id]
@@ -34,7 +34,7 @@ def main(out: Path = DOCS / "accuracy_vs_parameters.png") -> None:
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
     for points, colour, marker, size, label in (
-        (published, "tab:gray", "o", 6, "published"), (ours, "tab:red", "*", 10, "this project")
+        (others, "tab:gray", "o", 6, "others"), (ours, "tab:red", "*", 10, "this project")
     ):
         axes.plot(*zip(*[point[:2] for point in points], strict=True), marker, color=colour, label=label,
                   markersize=size)

@@ -1,4 +1,4 @@
-"""Measure how well the students fit the mean of their teachers on training images: docs/student_fit.csv.
+"""Measure how well the students of 160 epochs fit the mean of their teachers on training images: docs/student_fit.csv.
 
     python docs/student_fit.py
 
@@ -35,7 +35,7 @@ def main(data_dir: str | Path = DEFAULT_DATA_DIR, out: Path = DOCS / "student_fi
     }
     runs = DOCS / "runs"
     teachers = [load_weights(path)[0] for path in sorted(runs.glob("best-40ep-seed?/weights.pkl"))]
-    students = {path.parent.name: load_weights(path)[0] for path in sorted(runs.glob("student-*/weights.pkl"))}
+    students = {path.parent.name: load_weights(path)[0] for path in sorted(runs.glob("student-160ep-*/weights.pkl"))}
     rows = []
     for version, augmented in versions.items():
         mean = torch.stack([infer(teacher, augmented) for teacher in teachers]).exp().mean(dim=0)

@@ -67,7 +67,7 @@ def test_the_table_of_layers_against_pytorchs_counter(name, capsys):
     with FlopCounterMode(display=False, depth=10) as counter:
         network.eval()(torch.randn(1, 3, 32, 32))
     flops = {path.partition(".")[2]: sum(of_module.values()) for path, of_module in counter.get_flop_counts().items()}
-    rows = model.layers(network)
+    rows = model.layer_table(network)
     assert [row[0] for row in rows] == [name for name, module in network.named_modules() if not list(module.children())]
     for layer, _, _, parameters, multiply_adds in rows:
         assert 2 * multiply_adds == flops.get(layer, 0), layer
@@ -91,7 +91,7 @@ def test_tables_of_all_networks(capsys):
 def test_the_table_of_a_layer_that_is_applied_twice_and_a_parameter_of_no_layer():
     network = nn.Sequential(convolution := nn.Conv2d(3, 3, 3), convolution, nn.Flatten(), nn.Linear(2352, 10))
     network.scale = nn.Parameter(torch.ones(7))
-    assert [row[1:] for row in model.layers(network)] == [
+    assert [row[1:] for row in model.layer_table(network)] == [
         ("Conv2d", "3x30x30", 84, 72_900), ("Conv2d", "3x28x28", 0, 63_504), ("Flatten", "2352", 0, 0),
         ("Linear", "10", 23_530, 23_520), ("", "", 7, 0)]
 
@@ -103,7 +103,7 @@ class Last(nn.Module):
 
 def test_the_table_of_a_layer_that_returns_no_tensor():
     network = nn.Sequential(nn.Flatten(2), nn.LSTM(1024, 10, batch_first=True), Last())
-    assert [row[1:3] for row in model.layers(network)] == [("Flatten", "3x1024"), ("LSTM", ""), ("Last", "10")]
+    assert [row[1:3] for row in model.layer_table(network)] == [("Flatten", "3x1024"), ("LSTM", ""), ("Last", "10")]
 
 
 class Linear(nn.Module):

@@ -215,9 +215,9 @@ def test_the_time_left(monkeypatch):
     """It is right from the first epoch on, also of a resumed run, however slow the machine is in all."""
     costs = [0.1] * 150 + [0.3] * 200 + [1.0] * 650  # as rehearsed
     clock = [0.0]
-    monkeypatch.setattr(data.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     for first in (0, 400):
-        progress, left, times = data.Progress(costs, first, 100), {}, {}
+        progress, left, times = train.Progress(costs, first, 100), {}, {}
         for step in range(first, 1000):
             clock[0] += 2 * costs[step] + 2 * (step % 100 == 0)  # twice as slow; 2 seconds of augmentation
             left[step], times[step] = progress.left(step), clock[0]
@@ -239,8 +239,8 @@ def test_a_rehearsal_leaves_the_network_as_it_is(monkeypatch):
 
 def test_a_log_file_gets_a_line_now_and_then(monkeypatch, capsys):
     clock = [0.0]
-    monkeypatch.setattr(data.time, "perf_counter", lambda: clock[0])
-    progress = data.Progress([1.0] * 100_000, 0, 1000)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    progress = train.Progress([1.0] * 100_000, 0, 1000)
     for step in range(1000):
         clock[0] += 1.0
         progress.after_step(step)
@@ -295,8 +295,9 @@ def test_ctrl_c_in_the_first_epoch_does_not_advise_to_resume(python, dataset, tm
     assert train_in(tmp_path, dataset, "--epochs", "1") == 0
 
 
-def test_resuming_a_finished_run_changes_nothing(copied, finished, dataset):
+def test_resuming_a_finished_run_changes_nothing(copied, finished, dataset, monkeypatch):
     (copied / "weights.pkl").unlink()
+    monkeypatch.setattr(train, "rehearse", None)  # there is no step to rehearse
     assert train_in(copied, dataset, "--epochs", "3", "--resume") == 0
     assert_same_runs(copied, finished)
 
@@ -562,6 +563,7 @@ def test_places_that_cannot_be_written(option, dataset, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'file' / 'x'}") and "cannot be written ([Errno " in error
     assert error.endswith("'): name a file in a folder that is writable\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_directory_as_out(dataset, tmp_path, capsys):
@@ -730,6 +732,11 @@ def test_a_loss_of_the_test_set_that_is_not_finite(dataset, tmp_path, monkeypatc
     assert train_in(tmp_path, dataset, "--network", "mine", "--epochs", "1") == 2
     assert "error: the loss is not finite in epoch 1: try a smaller --lr" in capsys.readouterr().err
     assert not (tmp_path / "weights.pkl").exists()
+
+
+def test_image_size():
+    sizes = [train.image_size(progress, 0.6) for progress in (0.0, 0.29, 0.31, 0.59, 0.6, 1.0)]
+    assert sizes == [16, 16, 24, 24, 32, 32] and train.image_size(0.0, 0.0) == 32
 
 
 def test_lr_factor():
