@@ -674,7 +674,7 @@ def test_a_run_with_validate_prints_the_temperature(dataset, tmp_path, capsys):
         assert train_in(tmp_path, dataset, "--epochs", "0.1", "--validate", *options) == 0
         line = re.search(r"\nthe held-out loss is lowest with --calibrate (\d\.\d\d)\n", capsys.readouterr().out)
         printed.append(float(line[1]))
-    assert printed[1] == pytest.approx(printed[0], abs=0.02)
+    assert printed[1] == pytest.approx(printed[0], abs=0.05)  # multiples of 0.04 and of 0.05
 
 
 # --- optimisation and options ---------------------------------------------------------------------
