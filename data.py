@@ -112,7 +112,7 @@ class Split(NamedTuple):
         return Split(self.images.to(device), self.labels.to(device))
 
 
-# --- find CIFAR-10 ------------------------------------------------------------------------------
+# --- find CIFAR-10 --------------------------------------------------------------------------------
 
 def load_split(data_dir: str | os.PathLike, name: str) -> Split:
     """One split of CIFAR-10, "train" (50,000 images) or "test" (10,000).

@@ -29,7 +29,7 @@ from data import UserError, atomic_write, one_line, say
 PARAMETER_LIMIT = 50_000
 
 
-# --- plain networks -----------------------------------------------------------------------------
+# --- plain networks -------------------------------------------------------------------------------
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
     """3x3 convolution, batch norm, ReLU: (N, in_channels, H, W) -> (N, out_channels, H, W)."""
@@ -73,7 +73,7 @@ class ReportNet(nn.Module):
         return self.classifier(self.features(images))
 
 
-# --- flip-equivariant layers --------------------------------------------------------------------
+# --- flip-equivariant layers ----------------------------------------------------------------------
 #
 # The channels of a flip-equivariant layer are two halves, [a | b]. Flipping the image left to right flips every map and
 # swaps a and b; nothing else changes. This is a group-equivariant convolution (Cohen & Welling 2016, arXiv 1602.07576;
@@ -162,7 +162,7 @@ class SwiGLU(nn.Module):
         return F.silu(gates, inplace=True).mul_(values)  # in place is faster; training needs both factors
 
 
-# --- flip-invariant networks --------------------------------------------------------------------
+# --- flip-invariant networks ----------------------------------------------------------------------
 
 def anti_aliased_pool() -> nn.Sequential:
     """Mean of overlapping 4x4 windows: (N, C, H, W) -> (N, C, H / 2, W / 2); against aliasing (arXiv 1904.11486)."""
@@ -232,7 +232,7 @@ NETWORKS = {
 }
 
 
-# --- inference -----------------------------------------------------------------------------------
+# --- inference ------------------------------------------------------------------------------------
 
 def export(network: nn.Module) -> nn.Module:
     """A copy of `network` for inference, faster and equal up to rounding: flip-equivariant layers become ordinary
