@@ -121,8 +121,8 @@ def load_split(data_dir: str | os.PathLike, name: str) -> Split:
     for any other content, and for a failed download.
     """
     data_dir = Path(data_dir)
-    if data_dir.name in (NPZ, ARCHIVE, FOLDER):  # named itself, rather than the folder that has it
-        data_dir = data_dir.parent
+    if data_dir.absolute().name in (NPZ, ARCHIVE, FOLDER):  # named itself, rather than the folder that has it
+        data_dir = data_dir.absolute().parent
     if data_dir.is_file():
         raise UserError(f"{data_dir} is not a folder: {REMEDY}")
     if (data_dir / NPZ).exists():

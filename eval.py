@@ -13,6 +13,7 @@ Exit status: 0; 1 if the accuracy is below --min-accuracy; 2 for an error, or an
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import io
 import json
@@ -22,6 +23,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -109,16 +111,21 @@ def infer(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     network = model.export(network)
     on_cpu = images.device.type == "cpu"
     batch_size = 40 if on_cpu else 1000  # 40: the output of a layer stays in the cache of a CPU
-    threads = torch.get_num_threads()
+    threads, local = torch.get_num_threads(), threading.local()
+    local.network = network
+
+    def start_thread() -> None:
+        torch.set_num_threads(1)
+        local.network = copy.deepcopy(network)  # it may keep an input for a later layer in an attribute
 
     @torch.inference_mode()
     def infer_batch(batch: torch.Tensor) -> torch.Tensor:
-        return F.log_softmax(network(normalize(batch)).float(), dim=1)
+        return F.log_softmax(local.network(normalize(batch)).float(), dim=1)
 
     if not on_cpu:  # in this thread, where cuDNN has its plans
         return torch.cat([infer_batch(batch) for batch in images.split(batch_size)])
     # on a CPU, a thread for each batch is faster than several threads for one batch
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=start_thread) as pool:
         log_probabilities = torch.cat(list(pool.map(infer_batch, images.split(batch_size))))
     torch.set_num_threads(threads)
     return log_probabilities
@@ -335,7 +342,8 @@ def plot_history(history: list[dict], quantity: str, title: str) -> bytes:
             values = [row[f"{prefix}_{quantity}"] for row in history]
             axes.plot([row["epoch"] for row in history], values, ".-", label=label)
             axes.legend()
-    axes.set(xlabel="epoch (values at its end)", title=title,
+    axes.set_title(title, parse_math=False)  # a directory's name may have dollars
+    axes.set(xlabel="epoch (values at its end)",
              ylabel={"accuracy": "accuracy (%)", "loss": "loss (cross-entropy)"}[quantity])
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)

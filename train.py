@@ -22,6 +22,7 @@ import datetime
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -320,12 +321,12 @@ def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader,
     optimizers, n = build_optimizers(network, recipe), recipe.batch_size
     images, labels = data.normalize(loader.images[:n]), loader.labels[:n]
 
-    def run_step(size: int, n: int = n) -> None:
+    def run_step(size: int, samples: int) -> None:
         step = make_step(network, teachers, optimizers, recipe, [(size, 1.0)])
-        step(0, images[:n], labels[:n]).item()  # waits for a GPU
+        step(0, images[:samples], labels[:samples]).item()  # waits for a GPU
 
     try:
-        seconds = {size: min(timeit.repeat(functools.partial(run_step, size), number=1, repeat=3))
+        seconds = {size: min(timeit.repeat(functools.partial(run_step, size, n), number=1, repeat=3))
                    for size in set(sizes)}
         run_step(32, len(loader.images) % n or n)  # an epoch's last batch may be one image
     except Exception as error:  # whatever the network's code raises in bfloat16, or in training mode
@@ -494,8 +495,9 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
         if recipe.averaged_share and epoch >= epochs - max(1, round(recipe.averaged_share * recipe.epochs)):
             run.averaged.update_parameters(run.network)
             if epoch == epochs - 1:
+                say("averaging the weights: one more pass, for the statistics of batch norm")
                 with torch.autocast(loader.images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
-                    update_bn(loader, run.averaged)
+                    update_bn(itertools.islice(loader, len(steps)), run.averaged)
                 run.network.load_state_dict(run.averaged.module.state_dict())
         row = {"epoch": min(epoch + 1, recipe.epochs)}
         for prefix, split in splits.items():
@@ -650,6 +652,8 @@ def run_command(args: argparse.Namespace) -> int:
     for path in places:
         if path.resolve() in [other.resolve() for other in kept]:
             raise UserError(f"{path} is a teacher or another file of the run: name another --out or --run-dir")
+        if run_dir.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{path} is the folder of the run or one above it: name a file in --out")
     is_new = not run_dir.exists()
     for path in reversed(places):  # the run's directory last, since it is created
         data.check_writable(path)

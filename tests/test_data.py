@@ -237,12 +237,15 @@ def test_a_file_that_is_not_the_official_one_is_named_and_kept(name, contents, o
 
 
 @pytest.mark.parametrize("name", [data.FOLDER, data.ARCHIVE, data.NPZ])
-def test_the_data_themselves_are_named(name, official):
+def test_the_data_themselves_are_named(name, official, monkeypatch):
     if name == data.NPZ:
         arrays = {part: load_split(official, part) for part in ("train", "test")}
         np.savez(official / name, **{f"{part}_{field}": tensor.numpy() for part, split in arrays.items()
                                      for field, tensor in split._asdict().items()})
     assert is_the_official_set(load_training_data(official / name))
+    if name == data.FOLDER:
+        monkeypatch.chdir(official / name)
+        assert is_the_official_set(load_training_data("."))
 
 
 def test_the_second_of_two_first_runs_waits(official, mirrors, tmp_path, capsys):

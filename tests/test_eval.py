@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_split
 from PIL import Image, ImageOps
+from torch import nn
 
 import data
 import eval
@@ -200,11 +201,24 @@ def test_json(bar, status, dataset, weights, capsys):
     assert np.mean(list(report["recall"].values())) == pytest.approx(report["accuracy"])  # ten images a class
 
 
+class KeepsItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.last = nn.Linear(13, 10)
+
+    def forward(self, images):
+        self.images = images
+        return self.last(torch.cat([self.layers(images), self.images.mean(dim=(2, 3))], dim=1))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_do_not_change_the_result(threads):
+@pytest.mark.parametrize("name", ["gated", "mine"])
+def test_threads_do_not_change_the_result(name, threads, monkeypatch):
     """On a CPU each thread takes whole batches, so the results stay in order, to the last bit."""
+    monkeypatch.setitem(model.NETWORKS, "mine", KeepsItsInput)
     torch.manual_seed(0)
-    network, images = model.build_network("gated").eval(), make_split(90).images
+    network, images = model.build_network(name).eval(), make_split(90 if name == "gated" else 2000).images
     one_by_one = torch.cat([model.export(network)(data.normalize(image[None])) for image in images]).log_softmax(dim=1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -235,6 +235,28 @@ class StaysPositive(nn.Module):
         return images / (0.1 * images.square().mean(dim=1, keepdim=True) + self.floor).sqrt()
 
 
+class Shuffles(nn.Module):
+    """Another order in each process, and in no file."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = torch.randperm(3072)
+
+    def forward(self, images):
+        return images[:, self.order]
+
+
+class SubtractsItsMean(nn.Module):
+    """A norm whose running mean is in an attribute."""
+
+    mean = torch.zeros(3072)
+
+    def forward(self, images):
+        if self.training:
+            self.mean = self.mean.lerp(images.mean(dim=0), 0.1)
+        return images - self.mean
+
+
 class Projects(nn.Module):
     def __init__(self):
         super().__init__()
@@ -277,6 +299,8 @@ class Pair(nn.Module):
     (lambda: LooksInside(nn.init.zeros_), "network 'mine' uses what a convolution returns before its batch norm"),
     (lambda: Linear(before=AlwaysDrops()), "different logits when called twice on the same images: pass training="),
     (lambda: Linear(before=ChangesItsInput()), "network 'mine' returns different logits when called twice"),
+    (lambda: Linear(before=Shuffles()), "network 'mine' depends on values outside its state_dict()"),
+    (lambda: Linear(before=SubtractsItsMean()), "network 'mine' depends on values outside its state_dict()"),
     (lambda: Linear(before=Projects()), "network 'mine' has buffers of more than 16,000,000 bytes: make them smaller"),
     (lambda: model.FlipNet((33, 64, 64), (0, 3, 4)),
      "ValueError: a flip-equivariant layer needs an even width, not 33): correct it"),

@@ -158,7 +158,7 @@ def test_the_graphs_show_what_the_log_holds(prefix, label, monkeypatch):
     monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *args, label: drawn.append((x, y, label)))
     monkeypatch.setattr(Axes, "legend", lambda axes: None)
     history = [{"epoch": epoch, "train_loss": 2.0 - epoch, f"{prefix}_loss": 2.1 - epoch} for epoch in (1, 1.5)]
-    assert eval.plot_history(history, "loss", "title").startswith(b"\x89PNG")
+    assert eval.plot_history(history, "loss", "a$b_$c").startswith(b"\x89PNG")
     assert drawn == [([1, 1.5], [1.0, 0.5], "5,000 training images"), ([1, 1.5], [1.1, pytest.approx(0.6)], label)]
 
 
@@ -378,23 +378,24 @@ def test_fast_learns_and_resumes(dataset, tmp_path, monkeypatch):
     assert losses[0] == fixed[0] and losses[1] != fixed[1]  # the second epoch has other draws
 
 
-def test_the_weights_of_the_last_epochs_are_averaged(dataset, tmp_path, monkeypatch):
-    """The network that is saved has their mean, and norms with statistics of their own."""
+@pytest.mark.parametrize("epochs, averaged, batches", [("3", 2, 20), ("2.5", 1, 10)])
+def test_the_weights_of_the_last_epochs_are_averaged(epochs, averaged, batches, dataset, tmp_path, monkeypatch):
+    """The network that is saved has their mean, and norms with statistics of their own, from 600 images in batches of
+    30, or from as many as a last epoch that is not whole has."""
     weights, train_one_epoch = [], train.train_one_epoch
 
     def train_and_keep(network, step, loader, steps, *args):
         loss = train_one_epoch(network, step, loader, steps, *args)
-        if len(steps) > 1:  # not in a rehearsal
-            weights.append([parameter.detach().clone() for parameter in network.parameters()])
+        weights.append([parameter.detach().clone() for parameter in network.parameters()])
         return loss
 
     monkeypatch.setattr(train, "train_one_epoch", train_and_keep)
-    assert train_in(tmp_path, dataset, "--recipe", "fast", "--epochs", "3", "--averaged-share", "0.5") == 0
+    assert train_in(tmp_path, dataset, "--recipe", "fast", "--epochs", epochs, "--averaged-share", "0.5") == 0
     network, _ = model.load_weights(tmp_path / "weights.pkl")
-    for parameter, _, *last_two in zip(network.parameters(), *weights, strict=True):
-        assert torch.allclose(parameter, torch.stack(last_two).mean(dim=0), atol=1e-5)
+    for parameter, *values in zip(network.parameters(), *weights, strict=True):
+        assert torch.allclose(parameter, torch.stack(values[-averaged:]).mean(dim=0), atol=1e-5)
     norm = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
-    assert norm.num_batches_tracked == 20  # of one epoch: 600 images in batches of 30
+    assert norm.num_batches_tracked == batches
     last = rows_of(tmp_path)[-1]
     assert float(last["test_accuracy"]) > 60  # ten classes: chance is 10
     test = data.load_split(dataset, "test")
@@ -566,9 +567,15 @@ def test_places_that_cannot_be_written(option, dataset, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_directory_as_out(dataset, tmp_path, capsys):
-    assert train.main(["--data-dir", str(dataset), "--run-dir", str(tmp_path), "--out", str(tmp_path), *QUICK]) == 2
-    assert f"{tmp_path} cannot be written" in capsys.readouterr().err
+@pytest.mark.parametrize("out", ["other", ".", "runs", "runs/new"])
+def test_a_directory_as_out(out, dataset, tmp_path, monkeypatch, capsys):
+    """The last two would be made by the run itself."""
+    monkeypatch.chdir(tmp_path)
+    Path("other").mkdir()
+    assert train.main(["--data-dir", str(dataset), "--run-dir", "runs/new", "--out", out, *QUICK]) == 2
+    message = "cannot be written" if out == "other" else "is the folder of the run or one above it: name a file"
+    assert f"error: {out} {message}" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 # --- distillation ---------------------------------------------------------------------------------
