@@ -295,8 +295,6 @@ def find_fault(network: nn.Module, build: Callable[[], nn.Module]) -> str | None
         return "returns probabilities: leave out its softmax, since logits are expected"
     if (n := count_parameters(network)) > PARAMETER_LIMIT:
         return f"has {n:,} parameters, over the limit of {PARAMETER_LIMIT:,}: make a layer narrower"
-    if sum(buffer.nbytes for buffer in network.buffers()) > ARCHIVE_LIMIT / 4:  # a checkpoint may have them twice
-        return f"has buffers of more than {ARCHIVE_LIMIT // 4:,} bytes: make them smaller"
 
     trial = copy.deepcopy(network).train()
     trial(images).sum().backward()
@@ -305,6 +303,10 @@ def find_fault(network: nn.Module, build: Callable[[], nn.Module]) -> str | None
                      for each in (network, trial))
     if before != after or None in before.values():
         return "must have a state_dict() of tensors, whose names and shapes stay as they are in training"
+    nbytes = sum(tensor.untyped_storage().nbytes() for tensor in network.state_dict().values())  # as in a file
+    if nbytes > ARCHIVE_LIMIT / 4:  # a checkpoint may have them twice
+        return (f"has buffers of more than {ARCHIVE_LIMIT // 4:,} bytes: make them smaller, and clone() one that is a "
+                "slice of a larger tensor")
     perturb(trial)  # the zeros and ones of a fresh network hide what export() changes
     exported = export(trial)(images)
     expected, repeated, alone = trial.eval()(images), trial(images), trial(images[:1])
@@ -314,8 +316,9 @@ def find_fault(network: nn.Module, build: Callable[[], nn.Module]) -> str | None
     if (repeated - expected).abs().max() > rounding:
         return ("returns different logits when called twice on the same images: pass training=self.training to a "
                 "dropout, and do not change the input of forward() in place")
-    loaded = copy.deepcopy(build()).eval()  # as from a file, in another process
-    loaded(images)  # lazy layers get their parameters here
+    with torch.no_grad():
+        (loaded := build().eval())(images)  # a lazy layer cannot be copied before
+    loaded = copy.deepcopy(loaded)  # as from a file, in another process; build() may return one network each time
     loaded.load_state_dict(trial.state_dict())
     if (loaded(images) - expected).abs().max() > 0.01 * rounding:  # one step changes a running mean by little
         return ("depends on values outside its state_dict(), which weights.pkl cannot hold: register them as "
@@ -436,15 +439,16 @@ def describe_training(metadata: dict) -> str:
 def layer_table(network: nn.Module) -> list[tuple[str, str, str, int, int]]:
     """Name, type, output shape, parameters and multiply-adds of each layer, for one image of 32x32.
 
-    Multiply-adds are those of convolutions and linear layers. Parameters of a layer that is called twice count once.
-    Parameters outside all these layers are in a last row, "elsewhere".
+    Multiply-adds are those of 1D and 2D convolutions and linear layers. Parameters of a layer that is called twice
+    count once. Parameters outside all these layers are in a last row, "elsewhere".
     """
     rows, counted = [], set()
 
     def add_row(name: str, layer: nn.Module, output: torch.Tensor) -> None:
         if not isinstance(output, torch.Tensor):  # of an LSTM, say
             output = torch.empty(0)
-        fan_in = layer.weight[0].numel() if isinstance(layer, (nn.Conv2d, FlipConv2d, nn.Linear)) else 0
+        counts = isinstance(layer, (nn.Conv1d, nn.Conv2d, FlipConv2d, nn.Linear))
+        fan_in = layer.weight[0].numel() if counts else 0
         shape = "x".join(map(str, output.shape[1:]))
         parameters = sum(parameter.numel() for parameter in set(layer.parameters()) - counted)
         counted.update(layer.parameters())

@@ -495,7 +495,7 @@ def train(run: Run, teachers: list[nn.Module], loader: TrainLoader, splits: dict
         if recipe.averaged_share and epoch >= epochs - max(1, round(recipe.averaged_share * recipe.epochs)):
             run.averaged.update_parameters(run.network)
             if epoch == epochs - 1:
-                say("averaging the weights: one more pass, for the statistics of batch norm")
+                say("averaging the weights; the statistics of batch norm take one more pass")
                 with torch.autocast(loader.images.device.type, torch.bfloat16, enabled=recipe.amp_bf16):
                     update_bn(itertools.islice(loader, len(steps)), run.averaged)
                 run.network.load_state_dict(run.averaged.module.state_dict())

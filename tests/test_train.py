@@ -634,11 +634,12 @@ def test_a_network_that_cannot_train_is_refused_before_the_first_step(
 
 # --- calibration ----------------------------------------------------------------------------------
 
-def test_the_temperature_that_fits():
+@pytest.mark.parametrize("temperature", [0.3, 1.5, 4.0])
+def test_the_temperature_that_fits(temperature):
     torch.manual_seed(0)
-    logits = 3 * torch.randn(20_000, 10)
-    labels = torch.multinomial((logits / 1.5).softmax(dim=1), 1)[:, 0]
-    assert eval.fit_temperature(logits.log_softmax(dim=1), labels) == pytest.approx(1.5, abs=0.05)
+    logits = 2 * temperature * torch.randn(20_000, 10)
+    labels = torch.multinomial((logits / temperature).softmax(dim=1), 1)[:, 0]
+    assert eval.fit_temperature(logits.log_softmax(dim=1), labels) == pytest.approx(temperature, rel=0.04)
 
 
 def test_a_temperature_is_folded_into_the_weights(finished, copied, dataset):
