@@ -121,8 +121,8 @@ def load_split(data_dir: str | os.PathLike, name: str) -> Split:
     for any other content, and for a failed download.
     """
     data_dir = Path(data_dir)
-    if data_dir.absolute().name in (NPZ, ARCHIVE, FOLDER):  # named itself, rather than the folder that has it
-        data_dir = data_dir.absolute().parent
+    if (path := data_dir.absolute()).name in (NPZ, ARCHIVE, FOLDER):  # named itself, rather than the folder that has it
+        data_dir = path.parent
     if data_dir.is_file():
         raise UserError(f"{data_dir} is not a folder: {REMEDY}")
     if (data_dir / NPZ).exists():
@@ -205,7 +205,8 @@ def download(folder: Path) -> Path:
     failures = []
     for url in MIRRORS:
         try:
-            download_url(url, folder, ARCHIVE, CIFAR10.tgz_md5)
+            with contextlib.redirect_stdout(sys.stderr):  # older torchvisions print a line
+                download_url(url, folder, ARCHIVE, CIFAR10.tgz_md5)
             return folder / ARCHIVE
         except (URLError, ConnectionError, TimeoutError, RuntimeError, http.client.HTTPException) as error:
             failures.append(f"{url}: {error}")

@@ -226,6 +226,7 @@ def load_image(path: Path) -> torch.Tensor:
             if image.width * image.height > 500_000_000:
                 raise ValueError("it has more than 500 megapixels")
             is_deep = ";16" in f"{image.mode} {image.tile}" and image.format != "BMP"  # 16 bits a value, not a pixel
+            is_inverted = getattr(image, "tag_v2", {}).get(262) == 0  # a TIFF file whose 0 is white
             image.draft(None, (2048, 2048))  # a large JPEG is read at a fraction of its size
             with contextlib.suppress(Exception):  # odd metadata
                 image.getexif()
@@ -233,6 +234,8 @@ def load_image(path: Path) -> torch.Tensor:
                     image.info.pop(key, None)
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # convert() would clip it to white
+                if is_inverted or "transparency" in image.info:
+                    raise ValueError("it has 16 bits with transparency, or with white as 0")
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             elif image.mode in ("I", "F"):
                 raise ValueError("the range of its values is not known")
@@ -405,6 +408,8 @@ def evaluate_weights(args: argparse.Namespace) -> int:
     if len({path.resolve() for path in files}) < len(files):
         raise UserError("a graph would replace the weights or the other graph: name another file for it")
     for path in graphs:
+        if path.suffix.lower() not in (".png", ""):
+            raise UserError(f"{path} would be a PNG file: give it a name that ends in .png")
         data.check_writable(path)
     device = pick_device(args.device)
     network, metadata = model.load_weights(args.weights)

@@ -276,7 +276,7 @@ def build_network(name: str) -> nn.Module:
         raise UserError(f"network {name!r} fails ({what}): correct it in model.py") from error
     if fault:
         raise UserError(f"network {name!r} {fault}")
-    return network.train()
+    return copy.deepcopy(network).train()  # build() may return one network each time
 
 
 def find_fault(network: nn.Module, build: Callable[[], nn.Module]) -> str | None:
@@ -318,7 +318,7 @@ def find_fault(network: nn.Module, build: Callable[[], nn.Module]) -> str | None
                 "dropout, and do not change the input of forward() in place")
     with torch.no_grad():
         (loaded := build().eval())(images)  # a lazy layer cannot be copied before
-    loaded = copy.deepcopy(loaded)  # as from a file, in another process; build() may return one network each time
+    loaded = copy.deepcopy(loaded)  # as from a file, in another process
     loaded.load_state_dict(trial.state_dict())
     if (loaded(images) - expected).abs().max() > 0.01 * rounding:  # one step changes a running mean by little
         return ("depends on values outside its state_dict(), which weights.pkl cannot hold: register them as "

@@ -318,7 +318,7 @@ def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader,
     """Try steps on a copy of the network. Returns the seconds of each step of a run, by its image size: the least of
     three, on CUDA neither recorded nor compiled. Raises UserError if a step fails."""
     network, recipe = copy.deepcopy(network).train(), dataclasses.replace(loader.recipe, compile=False)
-    optimizers, n = build_optimizers(network, recipe), recipe.batch_size
+    n = recipe.batch_size
     images, labels = data.normalize(loader.images[:n]), loader.labels[:n]
 
     def run_step(size: int, samples: int) -> None:
@@ -326,9 +326,11 @@ def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader,
         step(0, images[:samples], labels[:samples]).item()  # waits for a GPU
 
     try:
+        optimizers = build_optimizers(network, recipe)
         seconds = {size: min(timeit.repeat(functools.partial(run_step, size, n), number=1, repeat=3))
                    for size in set(sizes)}
-        run_step(32, len(loader.images) % n or n)  # an epoch's last batch may be one image
+        for size in seconds:
+            run_step(size, len(loader.images) % n or n)  # an epoch's last batch may be one image
     except Exception as error:  # whatever the network's code raises in bfloat16, or in training mode
         if isinstance(error, UserError) or eval.is_out_of_memory(error):
             raise
@@ -566,7 +568,8 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
     network = model.build_network(recipe.network)
     recipe = settings_in_effect(recipe, network, len(loaded), device)
     model.perturb(trained := copy.deepcopy(network))
-    divide_logits(trained, args.calibrate)  # to fail now rather than after training
+    if args.calibrate != 1:
+        divide_logits(trained, 0.01)  # to fail now rather than after training, which makes logits larger
     training, test = (split.to(device) for split in data.load_training_data(args.data_dir, args.validate))
     loader = TrainLoader(training, recipe, args.seed)
     sample = Split(training.images[:eval.TRAIN_SAMPLE], training.labels[:eval.TRAIN_SAMPLE])
@@ -591,6 +594,10 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
         seconds = run.finish({"calibrate": args.calibrate, "accuracy": accuracy, "loss": loss}, places)
     except OSError as error:  # the disk is full, for example
         raise UserError(f"{error}: {run.how_to_go_on()}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not run.history or not eval.is_out_of_memory(error):
+            raise
+        raise UserError(f"there is not enough memory: close other programs; {run.how_to_go_on()}") from error
     except KeyboardInterrupt:
         print(f"\nstopped: {run.how_to_go_on()}", file=sys.stderr)
         raise
@@ -641,8 +648,8 @@ def run_command(args: argparse.Namespace) -> int:
     recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed is {args.seed}: it must be from 0 to 2**31 - 1")
-    if not 0 < args.calibrate < math.inf:
-        raise UserError(f"--calibrate is {args.calibrate}: it must be above 0")
+    if not 0.01 <= args.calibrate <= 100:
+        raise UserError(f"--calibrate is {args.calibrate}: it must be from 0.01 to 100")
     args.teachers = [Path(name) for path in args.teachers  # not every shell expands patterns
                      for name in sorted(glob.glob(str(path))) or [path]]
     run_dir = args.run_dir or Path("runs") / name_run(args, recipe, changes)
@@ -659,7 +666,8 @@ def run_command(args: argparse.Namespace) -> int:
         data.check_writable(path)
     busy = f"another process trains in {run_dir}: wait for it, or name another --run-dir"
     with data.hold_lock(run_dir / "lock", busy):
-        names = {path.name for path in run_dir.iterdir() if path.suffix != ".part" and path.name[0] != "."} - {"lock"}
+        names = {path.name for path in run_dir.glob("[!.]*")
+                 if path.suffix != ".part" and path.resolve() not in out.resolve().parents} - {"lock"}
         if names and not args.resume and not args.overwrite:
             what = ("a finished run, which --resume saves again, for another --out or --calibrate"
                     if "result.json" in names else
@@ -668,8 +676,8 @@ def run_command(args: argparse.Namespace) -> int:
         try:
             run_training(args, recipe, run_dir, places)
         finally:
-            if is_new and [path.name for path in run_dir.iterdir()] == ["lock"]:  # nothing came of it
-                shutil.rmtree(run_dir, ignore_errors=True)
+            if is_new and [path.name for path in run_dir.rglob("*") if path.is_file()] == ["lock"]:
+                shutil.rmtree(run_dir, ignore_errors=True)  # nothing came of it
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 DOCS = Path(__file__).resolve().parent
-COMMANDS = {  # the rows of the curve by their ids, without teachers
+COMMANDS = {  # labels of rows without teachers by their ids
     "quick": "--recipe quick", "fast": "python train.py", "fast-8": "--epochs 8 (float32)",
     "best-40": "40 epochs of best (one core, mostly C++ kernels)",
 }
@@ -30,7 +30,7 @@ def main(out: Path = DOCS / "accuracy_vs_minutes.png") -> None:
         axes.plot(minutes, accuracies, ".", color="tab:red", alpha=0.4)
         axes.annotate(label, points[-1], xytext=(8, -10) if id != "best-40" else (8, 8), textcoords="offset points",
                       ha="left" if id != "best-40" else "right", fontsize=8)
-    axes.plot(*zip(*points, strict=True), "o-", color="tab:red")
+    axes.plot(*zip(*points, strict=True), "o", color="tab:red")
     axes.set(xscale="log", xlabel="minutes on a CPU, on two cores unless the label says otherwise",
              ylabel="CIFAR-10 test accuracy (%)", xlim=(0.5, 1000), ylim=(78, 96))
     ticks = [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]

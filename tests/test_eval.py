@@ -276,6 +276,8 @@ def test_where_a_picture_cannot_be_written_nothing_is_measured(option, dataset, 
     for path in (tmp_path / "file" / "m.png", tmp_path, tmp_path / ("long" * 63)):
         assert eval.main(["--weights", str(weights), "--data-dir", str(dataset), option, str(path)]) == 2
         assert f"{path} cannot be written" in capsys.readouterr().err
+    assert eval.main(["--weights", str(weights), "--data-dir", str(dataset), option, "m.pdf"]) == 2
+    assert "m.pdf would be a PNG file: give it a name that ends in .png" in capsys.readouterr().err
 
 
 def test_a_graph_does_not_replace_the_weights(weights, capsys):
@@ -382,10 +384,12 @@ def test_values_of_another_range_are_refused(values, message, weights, tmp_path,
     assert message in capsys.readouterr().err
 
 
-def test_16_bit_colours_of_a_smaller_range_are_refused(tmp_path):
-    def chunk(kind, contents):
-        return struct.pack(">I", len(contents)) + kind + contents + struct.pack(">I", zlib.crc32(kind + contents))
+def chunk(kind: bytes, contents: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(contents)) + kind + contents + struct.pack(">I", zlib.crc32(kind + contents))
 
+
+def test_16_bit_colours_of_a_smaller_range_are_refused(tmp_path):
     header = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
     for brightest, is_refused in ((4095, True), (65535, False)):
         rows = (b"\0" + struct.pack(">96H", *range(0, brightest + 1, (brightest + 1) // 96)[:96])) * 32
@@ -393,6 +397,20 @@ def test_16_bit_colours_of_a_smaller_range_are_refused(tmp_path):
                                          + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
         with pytest.raises(UserError, match="upper half") if is_refused else contextlib.nullcontext():
             eval.load_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("name", ["transparent.png", "inverted.tif"])
+def test_16_bit_greys_of_other_meanings_are_refused(name, tmp_path):
+    Image.fromarray(np.full((32, 32), 65535, np.uint16)).save(tmp_path / name)
+    assert (eval.load_image(tmp_path / name) == 255).all()
+    contents = (tmp_path / name).read_bytes()
+    if name == "transparent.png":  # a chunk after the header says that white is transparent
+        contents = contents[:33] + chunk(b"tRNS", b"\xff\xff") + contents[33:]
+    else:  # tag 262 says that 0 is white, not black
+        contents = contents.replace(struct.pack("<HHII", 262, 3, 1, 1), struct.pack("<HHII", 262, 3, 1, 0))
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(UserError, match="16 bits with transparency, or with white as 0"):
+        eval.load_image(tmp_path / name)
 
 
 def test_a_dark_bitmap_of_16_bits_a_pixel(tmp_path):

@@ -319,6 +319,14 @@ def test_a_network_of_ones_own_is_tried_first(build, message, dataset, tmp_path,
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
+def test_two_networks_are_never_one(monkeypatch):
+    """Else a student would be its own teacher."""
+    network = model.PlainCNN()
+    monkeypatch.setitem(model.NETWORKS, "mine", lambda: network)
+    a, b = build_network("mine"), build_network("mine")
+    assert not {parameter.data_ptr() for parameter in a.parameters()} & {p.data_ptr() for p in b.parameters()}
+
+
 # --- learning -------------------------------------------------------------------------------------
 
 def biases_before_a_norm(network: nn.Module) -> set[str]:

@@ -555,6 +555,28 @@ def test_a_full_disk_in_the_first_epoch(dataset, tmp_path, monkeypatch, capsys):
     assert error.endswith("no epoch was finished: start again with the same command\n")
 
 
+def test_memory_that_runs_out_after_an_epoch(dataset, tmp_path, monkeypatch, capsys):
+    """A smaller batch would be another run."""
+    train_one_epoch = train.train_one_epoch
+
+    def fail_in_epoch_2(network, step, loader, *args):
+        if loader.epoch:
+            raise MemoryError
+        return train_one_epoch(network, step, loader, *args)
+
+    monkeypatch.setattr(train, "train_one_epoch", fail_in_epoch_2)
+    assert train_in(tmp_path, dataset, "--epochs", "2") == 2
+    assert "enough memory: close other programs; the run is safe up to epoch 1: the same" in capsys.readouterr().err
+
+
+def test_out_in_a_new_folder_of_the_run(dataset, tmp_path):
+    options = ["--run-dir", str(tmp_path / "run"), "--out", str(tmp_path / "run/final/w.pkl"), *QUICK]
+    assert train.main(["--data-dir", str(tmp_path / "file"), *options, "--teachers", "missing.pkl"]) == 2
+    assert not (tmp_path / "run").exists()
+    assert train.main(["--data-dir", str(dataset), *options, "--epochs", "0.1"]) == 0
+    assert (tmp_path / "run/final/w.pkl").exists()
+
+
 @pytest.mark.parametrize("option", ["--run-dir", "--out"])
 def test_places_that_cannot_be_written(option, dataset, tmp_path, capsys):
     (tmp_path / "file").touch()
@@ -632,6 +654,19 @@ def test_a_network_that_cannot_train_is_refused_before_the_first_step(
     assert error.endswith("or try --no-amp-bf16 or another --batch-size\n")
 
 
+def test_a_last_batch_of_one_small_image_is_tried_too(dataset, tmp_path, monkeypatch, capsys):
+    """Its map has one pixel at 16x16, four at 32x32."""
+    def build():
+        return torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.BatchNorm2d(3), torch.nn.AdaptiveAvgPool2d(1),
+                                   torch.nn.Flatten(), torch.nn.Linear(3, 10))
+
+    monkeypatch.setitem(model.NETWORKS, "mine", build)
+    options = ("--network", "mine", "--batch-size", "599", "--low-resolution-share")
+    assert train_in(tmp_path, dataset, *options, "0.9") == 2
+    assert "network mine cannot be trained (ValueError: Expected more than 1 value" in capsys.readouterr().err
+    assert train_in(tmp_path, dataset, *options, "0") == 0
+
+
 # --- calibration ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("temperature", [0.3, 1.5, 4.0])
@@ -663,11 +698,23 @@ class TwoHeads(torch.nn.Module):
         return self.first(images.flatten(1)).repeat(1, 2) + self.second(images.flatten(1))
 
 
+class SoftCap(torch.nn.Module):
+    """Divides small logits, as those of a fresh network are, but not large ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3072, 10)
+
+    def forward(self, images):
+        return 15 * torch.tanh(self.layer(images.flatten(1)) / 15)
+
+
 @pytest.mark.parametrize("build", [
     lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 10, 32), torch.nn.Flatten()),
     lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10), torch.nn.Tanh()),
     lambda: TwoHeads(),
     lambda: TwoHeads(torch.nn.init.zeros_),
+    lambda: SoftCap(),
 ])
 def test_a_network_that_cannot_be_calibrated(build, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model.NETWORKS, "mine", build)
@@ -938,7 +985,7 @@ def test_any_network_learns_with_every_recipe(name, recipe, dataset, tmp_path, m
     (["--network", "wide"], "model.py has no network 'wide': it has plain, report, gated"),
     (["--recipe", "fast", "--weight-decay", "0.1"], "weight_decay is 0.1: it must be 0 with muon"),
     (["--seed", "-1"], "--seed is -1: it must be from 0 to 2**31 - 1"),
-    (["--calibrate", "0"], "--calibrate is 0.0: it must be above 0"),
+    (["--calibrate", "0"], "--calibrate is 0.0: it must be from 0.01 to 100"),
     (["--teachers", "none*.pkl"], "there is no file none*.pkl"),
 ])
 def test_bad_values_are_one_sentence_that_names_the_value(options, message, dataset, tmp_path, capsys):
