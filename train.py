@@ -329,8 +329,9 @@ def rehearse(network: nn.Module, teachers: list[nn.Module], loader: TrainLoader,
         optimizers = build_optimizers(network, recipe)
         seconds = {size: min(timeit.repeat(functools.partial(run_step, size, n), number=1, repeat=3))
                    for size in set(sizes)}
-        for size in seconds:
-            run_step(size, len(loader.images) % n or n)  # an epoch's last batch may be one image
+        if rest := len(loader.images) % n:  # an epoch's last batch may be one image
+            for size in seconds:
+                run_step(size, rest)
     except Exception as error:  # whatever the network's code raises in bfloat16, or in training mode
         if isinstance(error, UserError) or eval.is_out_of_memory(error):
             raise
@@ -576,7 +577,9 @@ def run_training(args: argparse.Namespace, recipe: Recipe, run_dir: Path, places
     measured = f"{len(test.images):,} {'held-out' if args.validate else 'test'} images"
     settings = {
         "recipe": args.recipe, **dataclasses.asdict(recipe), "seed": args.seed, "validate": args.validate,
-        "teachers": [f"{model.describe_training(metadata)}, {metadata['accuracy']:.2f} %" for _, metadata in loaded]}
+        "teachers": [f"{model.describe_training(metadata)}, {metadata['accuracy']:.2f} %, "
+                     f"MD5 {hashlib.md5(path.read_bytes()).hexdigest()[:8]}"  # a file may be written again
+                     for path, (_, metadata) in zip(args.teachers, loaded, strict=True)]}
     optimizers = build_optimizers(network.to(device), recipe)
     run = Run(run_dir, settings, eval.describe_machine(device) | {"bfloat16": recipe.amp_bf16}, network, optimizers)
     if args.resume:

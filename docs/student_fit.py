@@ -1,4 +1,4 @@
-"""Measure how well the students of 160 epochs fit the mean of their teachers on training images: docs/student_fit.csv.
+"""Measure how well students fit the mean of their teachers on training images: docs/student_fit.csv.
 
     python docs/student_fit.py
 
@@ -9,6 +9,7 @@ folder with CIFAR-10 is data, or $CIFAR10_DIR.
 """
 
 import csv
+import fnmatch
 import sys
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from data import DEFAULT_DATA_DIR, autoaugment, flip_and_rotate, load_split
 from eval import accuracy_and_loss, infer
 from model import load_weights
 
-CALIBRATE = 0.73  # of both students
+CALIBRATE = 0.73  # of all students
+TEACHERS = {"student-160ep-seed0": "best-40ep-seed?", "student-160ep-seed1": "best-40ep-seed?",
+            "student-80ep-seed0": "best-?0ep-seed?"}  # of each student, in runs
 
 
 def main(data_dir: str | Path = DEFAULT_DATA_DIR, out: Path = DOCS / "student_fit.csv", n: int = 4000) -> None:
@@ -33,14 +36,14 @@ def main(data_dir: str | Path = DEFAULT_DATA_DIR, out: Path = DOCS / "student_fi
         "AutoAugment": autoaugment(images, seed=0, group_size=16),
         "flipped, rotated, AutoAugment": autoaugment(flip_and_rotate(images, seed=0), seed=1, group_size=16),
     }
-    runs = DOCS / "runs"
-    teachers = [load_weights(path)[0] for path in sorted(runs.glob("best-40ep-seed?/weights.pkl"))]
-    students = {path.parent.name: load_weights(path)[0] for path in sorted(runs.glob("student-160ep-*/weights.pkl"))}
     rows = []
     for version, augmented in versions.items():
-        mean = torch.stack([infer(teacher, augmented) for teacher in teachers]).exp().mean(dim=0)
-        for name, student in students.items():
-            log_probabilities = (CALIBRATE * infer(student, augmented)).log_softmax(dim=1)
+        log_probabilities_of = {path.parent.name: infer(load_weights(path)[0], augmented)
+                                for path in sorted((DOCS / "runs").glob("*ep-seed?/weights.pkl"))}
+        for name, pattern in TEACHERS.items():
+            teachers = fnmatch.filter(log_probabilities_of, pattern)
+            mean = torch.stack([log_probabilities_of[teacher] for teacher in teachers]).exp().mean(dim=0)
+            log_probabilities = (CALIBRATE * log_probabilities_of[name]).log_softmax(dim=1)
             divergence = F.kl_div(log_probabilities, mean, reduction="batchmean").item()
             percent = [accuracy_and_loss(scores, target)[0] for scores, target in (
                 (mean.log(), labels), (log_probabilities, labels), (log_probabilities, mean.argmax(dim=1)))]

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -602,8 +603,9 @@ def test_a_directory_as_out(out, dataset, tmp_path, monkeypatch, capsys):
 
 # --- distillation ---------------------------------------------------------------------------------
 
-def test_a_distilled_network_learns_from_its_teachers_alone(finished, dataset, tmp_path, monkeypatch):
-    """No label is used: a student whose teacher shifts all classes by one learns the shifted ones."""
+def test_a_distilled_network_learns_from_its_teachers_alone(finished, dataset, tmp_path, monkeypatch, capsys):
+    """No label is used: a student whose teacher shifts all classes by one learns the shifted ones. It is not resumed
+    with another teacher of the same name, training and accuracy."""
     teacher, metadata = model.load_weights(finished / "weights.pkl")
     last = teacher.classifier[2]
     last.weight.data, last.bias.data = last.weight.data.roll(1, dims=0), last.bias.data.roll(1, dims=0)
@@ -617,9 +619,14 @@ def test_a_distilled_network_learns_from_its_teachers_alone(finished, dataset, t
     _, test = load_training_data(dataset)
     assert eval.evaluate(student, Split(test.images, (test.labels + 1) % 10))[0] > 60
     result = json.loads((whole / "result.json").read_text())
-    assert result["teachers"] == [f"network report, recipe report, 3 epochs, seed 0, {metadata['accuracy']:.2f} %"]
+    checksum = hashlib.md5((tmp_path / "teacher.pkl").read_bytes()).hexdigest()[:8]
+    assert result["teachers"] == [
+        f"network report, recipe report, 3 epochs, seed 0, {metadata['accuracy']:.2f} %, MD5 {checksum}"]
     assert result["label_smoothing"] == 0.0  # the recipe's 0.1 has no effect with teachers
     assert result["teachers_per_batch"] == 1  # there are no three
+    shutil.copy(finished / "weights.pkl", tmp_path / "teacher.pkl")
+    assert train_in(parts, dataset, "--epochs", "2", *options, "--resume") == 2
+    assert f"holds another run (teachers was {result['teachers']}, is " in capsys.readouterr().err
 
 
 def test_teachers_that_have_seen_the_held_out_images(finished, dataset, tmp_path, capsys):
