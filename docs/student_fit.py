@@ -36,12 +36,12 @@ def main(data_dir: str | Path = DEFAULT_DATA_DIR, out: Path = DOCS / "student_fi
         "AutoAugment": autoaugment(images, seed=0, group_size=16),
         "flipped, rotated, AutoAugment": autoaugment(flip_and_rotate(images, seed=0), seed=1, group_size=16),
     }
+    networks = {path.parent.name: load_weights(path)[0] for path in (DOCS / "runs").glob("*ep-seed?/weights.pkl")}
     rows = []
     for version, augmented in versions.items():
-        log_probabilities_of = {path.parent.name: infer(load_weights(path)[0], augmented)
-                                for path in sorted((DOCS / "runs").glob("*ep-seed?/weights.pkl"))}
+        log_probabilities_of = {name: infer(network, augmented) for name, network in networks.items()}
         for name, pattern in TEACHERS.items():
-            teachers = fnmatch.filter(log_probabilities_of, pattern)
+            teachers = sorted(fnmatch.filter(networks, pattern))
             mean = torch.stack([log_probabilities_of[teacher] for teacher in teachers]).exp().mean(dim=0)
             log_probabilities = (CALIBRATE * log_probabilities_of[name]).log_softmax(dim=1)
             divergence = F.kl_div(log_probabilities, mean, reduction="batchmean").item()
