@@ -25,7 +25,8 @@ from model import load_weights
 
 CALIBRATE = 0.73  # of all students
 TEACHERS = {"student-160ep-seed0": "best-40ep-seed?", "student-160ep-seed1": "best-40ep-seed?",
-            "student-80ep-seed0": "best-?0ep-seed?"}  # of each student, in runs
+            "student-80ep-seed0": "best-?0ep-seed?",
+            "student-80ep-seed1": "best-?0ep-seed?"}  # of each student, in runs
 
 
 def main(data_dir: str | Path = DEFAULT_DATA_DIR, out: Path = DOCS / "student_fit.csv", n: int = 4000) -> None:
